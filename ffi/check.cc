@@ -1,0 +1,117 @@
+// What is checked of a call in C++: only what could corrupt memory (sizes, alignment) or compute something else than was
+// asked (options that this build does not have). Full argument checks with their words are in jax_moe/problem.py.
+#include <cstring>
+
+#include "moe.h"
+
+namespace jax_moe {
+namespace {
+
+constexpr int64_t kAlignment = 16;  // TMA, cp.async and 16-byte stores
+
+Status CheckBuffer(const char* name, const Buffer& buffer, int64_t bytes, int64_t alignment = kAlignment) {
+  if (bytes == 0) return {};
+  if (buffer.data == nullptr || buffer.bytes < bytes)
+    return Status::Invalid(std::string(name) + " must hold " + std::to_string(bytes) + " bytes, got " +
+                           std::to_string(buffer.data ? buffer.bytes : 0));
+  if (reinterpret_cast<uintptr_t>(buffer.data) % alignment != 0)
+    return Status::Invalid(std::string(name) + " must be aligned to " + std::to_string(alignment) + " bytes");
+  return {};
+}
+
+Status CheckOptions(const Problem& p) {
+  if (p.fp8_quantization_type != int64_t(Fp8QuantizationType::kDeepSeekFp8))
+    return Status::Unsupported("fp8_quantization_type must be DeepSeekFp8 in this build");
+  if (p.activation_type != int64_t(ActivationType::kSwiglu))
+    return Status::Unsupported("activation_type must be Swiglu in this build");
+  if (p.weight_layout != int64_t(WeightLayout::kMajorK) || p.use_shuffled_weight)
+    return Status::Unsupported("weight_layout must be MajorK, unshuffled, in this build");
+  if (p.hidden_states_dtype != int64_t(DataType::kFloat8E4M3) && !p.hidden_states_are_bf16())
+    return Status::Invalid("hidden_states must be float8_e4m3fn or bfloat16");
+  return {};
+}
+
+Status CheckSizes(const Problem& p) {
+  const bool positive = p.num_tokens >= 0 && p.hidden_size > 0 && p.intermediate_size > 0 && p.local_num_experts > 0;
+  if (!positive || p.hidden_size % kScaleBlock || p.intermediate_size % kScaleBlock)
+    return Status::Invalid("hidden_size and intermediate_size must be positive multiples of 128");
+  if (p.top_k < 1 || p.top_k > kMaxTopK || p.num_experts > 32767 || p.local_num_experts > p.num_experts)
+    return Status::Invalid("top_k must be in [1, 32] and local_num_experts in [1, num_experts]");
+  // Permuted rows, weight rows and column blocks are 32-bit in the kernels; byte offsets are 64-bit everywhere.
+  const int64_t limit = (int64_t(1) << 31) - 1024;
+  if (p.num_tokens > limit / p.top_k || p.hidden_size > limit / 2 || p.intermediate_size > limit / 2 ||
+      2 * p.intermediate_size > limit / p.local_num_experts || p.hidden_size > limit / p.local_num_experts)
+    return Status::Invalid("num_tokens * top_k and the weight rows of all experts must be below 2^31");
+  return {};
+}
+
+}  // namespace
+
+Status CheckBuffers(const Problem& p, const Buffers& b) {
+  if (Status s = CheckOptions(p); !s.ok()) return s;
+  if (Status s = CheckSizes(p); !s.ok()) return s;
+  const int64_t T = p.num_tokens, K = p.top_k, H = p.hidden_size, I = p.intermediate_size, L = p.local_num_experts;
+  const int64_t h_blocks = H / kScaleBlock, i_blocks = I / kScaleBlock;
+  const int64_t x_bytes = p.hidden_states_are_bf16() ? 2 : 1;
+  const int64_t scale_elements = T == 0 || p.hidden_states_are_bf16()
+                                     ? 0
+                                     : (h_blocks - 1) * p.hidden_states_scale_block_stride +
+                                           (T - 1) * p.hidden_states_scale_token_stride + 1;
+  if (p.hidden_states_scale_block_stride < 0 || p.hidden_states_scale_token_stride < 0)
+    return Status::Invalid("hidden_states_scale must have non-negative strides");
+  const bool finalize = p.do_finalize;
+  const struct {
+    const char* name;
+    const Buffer& buffer;
+    int64_t bytes, alignment;
+  } expected[] = {
+      {"topk_ids", b.topk_ids, T * K * 4, 4},
+      {"hidden_states", b.hidden_states, T * H * x_bytes, kAlignment},
+      {"hidden_states_scale", b.hidden_states_scale, scale_elements * 4, 4},
+      {"gemm1_weights", b.gemm1_weights, L * 2 * I * H, kAlignment},
+      {"gemm1_weights_scale", b.gemm1_weights_scale, L * 2 * i_blocks * h_blocks * 4, 4},
+      {"gemm2_weights", b.gemm2_weights, L * H * I, kAlignment},
+      {"gemm2_weights_scale", b.gemm2_weights_scale, L * h_blocks * i_blocks * 4, 4},
+      {"local_expert_offset", b.local_expert_offset, b.local_expert_offset.data ? 4 : 0, 4},
+      {"output", b.output, finalize ? T * H * 2 : 0, kAlignment},
+      {"gemm2_output", b.gemm2_output, finalize ? 0 : T * K * H * 2, kAlignment},
+      {"expert_weights", b.expert_weights, finalize ? 0 : T * K * 2, 2},
+      {"expanded_idx_to_permuted_idx", b.expanded_idx_to_permuted_idx, finalize ? 0 : T * K * 4, 4},
+      {"workspace", b.workspace, T == 0 ? 0 : WorkspaceSize(p).at(T), 1},
+  };
+  for (const auto& e : expected)
+    if (Status s = CheckBuffer(e.name, e.buffer, e.bytes, e.alignment); !s.ok()) return s;
+  return {};
+}
+
+std::string AbiText() {
+  std::string text = "fields:";
+#define FIELD(name) text += " " #name;
+  JAX_MOE_PROBLEM_FIELDS(FIELD)
+#undef FIELD
+#define BUFFER(name) text += " " #name;
+  text += "\ninputs:";
+  JAX_MOE_INPUTS(BUFFER)
+  text += "\noutputs:";
+  JAX_MOE_OUTPUTS(BUFFER)
+#undef BUFFER
+  const auto value = [&](const char* name, auto v) { text += std::string(" ") + name + "=" + std::to_string(int64_t(v)); };
+  text += "\nenums:";
+  value("DataType.NONE", DataType::kNone);
+  value("DataType.FLOAT8_E4M3", DataType::kFloat8E4M3);
+  value("DataType.BFLOAT16", DataType::kBFloat16);
+  value("DataType.FLOAT32", DataType::kFloat32);
+  value("Fp8QuantizationType.NoneFp8", Fp8QuantizationType::kNoneFp8);
+  value("Fp8QuantizationType.DeepSeekFp8", Fp8QuantizationType::kDeepSeekFp8);
+  value("Fp8QuantizationType.MxFp8", Fp8QuantizationType::kMxFp8);
+  value("ActivationType.Swiglu", ActivationType::kSwiglu);
+  value("ActivationType.Geglu", ActivationType::kGeglu);
+  value("ActivationType.Relu2", ActivationType::kRelu2);
+  value("ActivationType.Identity", ActivationType::kIdentity);
+  value("WeightLayout.MajorK", WeightLayout::kMajorK);
+  value("WeightLayout.MajorMn", WeightLayout::kMajorMn);
+  value("WeightLayout.BlockMajorK", WeightLayout::kBlockMajorK);
+  return text;
+}
+
+}  // namespace jax_moe

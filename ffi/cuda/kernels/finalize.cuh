@@ -1,0 +1,23 @@
+// Finalize: output[t] = bf16(sum over slots k, in order, of weight[t, k] * y2[row(t, k)]); slots without a row are
+// skipped, a token without rows gets zeros. The order is fixed, so the result is the same on every run.
+#pragma once
+#include "ptx.cuh"
+
+namespace jax_moe::cuda {
+
+inline constexpr int kFinalizeThreads = 128;
+inline constexpr int kFinalizeColumnsPerCta = kFinalizeThreads * 8;
+
+struct FinalizeParameters {
+  const uint16_t* y2;                           // bf16 [rows, H]
+  const int32_t* expanded_idx_to_permuted_idx;  // [T * K]
+  const int32_t* topk_ids;                      // [T * K], the low 16 bits are the bf16 weight
+  uint16_t* output;                             // bf16 [T, H]
+  int top_k;
+  int hidden;  // H
+};
+
+// Grid: T * ceil(H / kFinalizeColumnsPerCta) CTAs, columns fastest.
+__global__ void finalize(const __grid_constant__ FinalizeParameters p);
+
+}  // namespace jax_moe::cuda

@@ -1,0 +1,49 @@
+// The two grouped GEMM kernels: roles of the warpgroups and their registers. Gathering needs more registers in the
+// producer (216 / 56) than one TMA thread does (232 / 40); the sum over three warpgroups must stay below 65536.
+#include "grouped_gemm_sm90.cuh"
+
+namespace jax_moe::cuda {
+namespace {
+
+// Returns the shared memory with its barriers ready, seen by all threads.
+template <class Epilogue>
+DEVICE GemmSharedMemory<Epilogue>& prepare(uint32_t full_arrivals) {
+  auto& shared = *reinterpret_cast<GemmSharedMemory<Epilogue>*>(dynamic_shared_memory());
+  if (threadIdx.x == 0) shared.barriers.initialize(full_arrivals, kMathWarpgroups * 4);
+  __syncthreads();
+  return shared;
+}
+
+}  // namespace
+
+__global__ void __launch_bounds__(kGemmThreads, 1)
+    gemm1_sm90(const __grid_constant__ CUtensorMap a_scale_map, const __grid_constant__ CUtensorMap b_map,
+               const __grid_constant__ GatherA gather, const __grid_constant__ GemmShape shape,
+               const __grid_constant__ TileSchedule schedule, const __grid_constant__ ActivationEpilogue epilogue) {
+  auto& shared = prepare<ActivationEpilogue>(129);
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
+  if (warpgroup == kMathWarpgroups) {
+    reduce_registers<56>();
+    produce_gathered(shared, gather, &a_scale_map, &b_map, shape, schedule, thread);
+  } else {
+    raise_registers<216>();
+    multiply<ActivationEpilogue, Swiglu>(shared, shape, schedule, epilogue, warpgroup, thread);
+  }
+}
+
+__global__ void __launch_bounds__(kGemmThreads, 1)
+    gemm2_sm90(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap a_scale_map,
+               const __grid_constant__ CUtensorMap b_map, const __grid_constant__ GemmShape shape,
+               const __grid_constant__ TileSchedule schedule, const __grid_constant__ Bf16Epilogue epilogue) {
+  auto& shared = prepare<Bf16Epilogue>(1);
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
+  if (warpgroup == kMathWarpgroups) {
+    reduce_registers<40>();
+    if (thread == 0) produce(shared, &a_map, &a_scale_map, &b_map, shape, schedule);
+  } else {
+    raise_registers<232>();
+    multiply<Bf16Epilogue, Swiglu>(shared, shape, schedule, epilogue, warpgroup, thread);
+  }
+}
+
+}  // namespace jax_moe::cuda

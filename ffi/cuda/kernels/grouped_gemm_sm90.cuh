@@ -1,0 +1,222 @@
+// Persistent warp-specialised grouped FP8 GEMM: D[row] = A[row] B[expert]^T with scales 1x128 on A and 128x128 on B,
+// partial sums promoted to float32 registers every 128 of K. Tile 128 rows x 256 weight rows, two math warpgroups of 64
+// rows, one producer warpgroup. GEMM1 gathers token rows by cp.async and multiplies up and gate rows side by side.
+//   shared memory, 4 stages:  [ A 128 x 128 B | B two times 128 x 128 B ] swizzled 128 B,  A scales 128 x f32
+#pragma once
+#include "epilogue.cuh"
+#include "pipeline.cuh"
+#include "scheduler.cuh"
+#include "wgmma_sm90.cuh"
+
+namespace jax_moe::cuda {
+
+inline constexpr int kBlockK = 128;  // bytes of K a stage: one swizzle row and one scale group
+inline constexpr int kHalfN = 128;   // weight rows of one B box, one scale block
+inline constexpr int kNumStages = 4;
+inline constexpr int kMathWarpgroups = 2;
+inline constexpr int kGemmThreads = (kMathWarpgroups + 1) * 128;
+inline constexpr int kMaxSharedBytes = 232448;
+
+// Where GEMM1's A rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
+struct GatherA {
+  const uint8_t* source;         // e4m3 [T, H]
+  const int32_t* row_to_source;  // [T*K]
+};
+
+// What both GEMMs are told. The B rows of a tile's two halves begin at expert * rows_per_expert + column * column_step
+// and half_step rows later.
+struct GemmShape {
+  const float* b_scale;     // [L * rows_per_expert / 128, k_blocks]
+  int rows_per_expert;      // 2I or H
+  int column_step;          // 128 (gate and up side by side) or 256
+  int half_step;            // I or 128
+  int k_blocks;             // K / 128
+};
+
+template <class Epilogue>
+struct GemmSharedMemory {
+  struct Stage {
+    uint8_t a[kBlockM * kBlockK];
+    uint8_t b[2][kHalfN * kBlockK];
+  };
+  Stage stages[kNumStages];
+  uint8_t staging[kMathWarpgroups][Epilogue::kStagingBytes];
+  float a_scale[kNumStages][kBlockM];
+  PipelineBarriers<kNumStages> barriers;
+};
+
+using GemmCursor = PipelineCursor<kNumStages>;
+
+// First B row of a half. NOTE: the second half of the last tile is outside the expert when rows_per_expert is an odd
+// multiple of 128; it repeats the first half and its sums are not stored.
+DEVICE int b_row(const GemmShape& shape, const Tile& tile, int half) {
+  const int row = tile.column * shape.column_step + half * shape.half_step;
+  return tile.expert * shape.rows_per_expert + (row < shape.rows_per_expert ? row : tile.column * shape.column_step);
+}
+
+// B and the A scales of one stage, and its expected bytes; A too unless it is gathered. By one thread.
+template <bool kGather, class Shared>
+DEVICE void load_stage(Shared& shared, const GemmCursor& at, const CUtensorMap* a_map, const CUtensorMap* a_scale_map,
+                       const CUtensorMap* b_map, const GemmShape& shape, const Tile& tile, int k) {
+  auto& stage = shared.stages[at.stage];
+  const uint32_t full = shared.barriers.full_address(at.stage);
+  constexpr uint32_t kBytes = sizeof(stage.b) + sizeof(shared.a_scale[0]) + (kGather ? 0 : sizeof(stage.a));
+  mbarrier_arrive_expect(full, kBytes);
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    tma_load_2d(smem_address(stage.b[half]), b_map, k * kBlockK, b_row(shape, tile, half), full);
+  tma_load_2d(smem_address(shared.a_scale[at.stage]), a_scale_map, tile.row0, k, full);
+  if constexpr (!kGather) tma_load_2d(smem_address(stage.a), a_map, k * kBlockK, tile.row0, full);
+}
+
+// One thread feeds the ring by TMA. `full` counts one arrival.
+template <class Shared>
+DEVICE void produce(Shared& shared, const CUtensorMap* a_map, const CUtensorMap* a_scale_map, const CUtensorMap* b_map,
+                    const GemmShape& shape, const TileSchedule& schedule) {
+  GemmCursor at;
+  const int num_tiles = schedule.num_tiles();
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
+    const Tile tile = schedule.tile(t);
+    for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
+      shared.barriers.wait_empty(at);
+      load_stage<false>(shared, at, a_map, a_scale_map, b_map, shape, tile, k);
+    }
+  }
+}
+
+// 128 threads gather A rows by cp.async, one of them feeds the rest by TMA. `full` counts 129 arrivals: each thread
+// arrives for its rows when they have landed, up to kInFlight stages after asking for them.
+template <class Shared>
+DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtensorMap* a_scale_map,
+                             const CUtensorMap* b_map, const GemmShape& shape, const TileSchedule& schedule,
+                             int thread) {
+  constexpr int kInFlight = 2, kRowsPerPass = 16, kPasses = kBlockM / kRowsPerPass;
+  GemmCursor at, landed;
+  int in_flight = 0;
+  const auto announce = [&] {
+    // NOTE: cp.async writes through the generic proxy; without the fence wgmma may read what was there before.
+    fence_proxy_async();
+    mbarrier_arrive(shared.barriers.full_address(landed.stage));
+    landed.advance();
+  };
+  const int piece = thread % 8, pass_row = thread / 8;  // 16 bytes of a 128-byte row
+  const int num_tiles = schedule.num_tiles();
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
+    const Tile tile = schedule.tile(t);
+    uint32_t source[kPasses];  // in 16-byte pieces, so that 2^36 bytes are in reach
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const int row = min(pass_row + kRowsPerPass * i, tile.rows - 1);
+      source[i] = uint32_t(__ldg(gather.row_to_source + tile.row0 + row)) * uint32_t(shape.k_blocks * 8) + piece;
+    }
+    for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
+      shared.barriers.wait_empty(at);
+      if (thread == 0) load_stage<true>(shared, at, nullptr, a_scale_map, b_map, shape, tile, k);
+      const uint32_t a = smem_address(shared.stages[at.stage].a);
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
+        const int row = pass_row + kRowsPerPass * i;
+        // Rows past the tile's are left as they are: a row of D depends on its own row of A only.
+        if (kRowsPerPass * i < tile.rows)
+          cp_async_16(WarpgroupContext::swizzled(a, row, piece), gather.source + (uint64_t(source[i]) + k * 8) * 16);
+      }
+      cp_async_commit();
+      if (in_flight == kInFlight) {
+        cp_async_wait<kInFlight>();
+        announce();
+      } else {
+        ++in_flight;
+      }
+    }
+  }
+  cp_async_wait<0>();
+  for (; in_flight > 0; --in_flight) announce();
+}
+
+// A math warpgroup: 64 rows x 256 columns of every tile, one 64 x 128 accumulator reused for the two halves.
+template <class Epilogue, class Activation, class Shared>
+DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule& schedule, const Epilogue& epilogue,
+                     int warpgroup, int thread) {
+  GemmCursor at;
+  WarpgroupContext wg{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])};
+  const int first_row = warpgroup * kWarpgroupRows;
+  const int num_tiles = schedule.num_tiles();
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
+    const Tile tile = schedule.tile(t);
+    if (first_row >= tile.rows) {  // nothing to do here but to free the stages
+      for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
+        shared.barriers.wait_full(at);
+        if (wg.lane() == 0) shared.barriers.release(at);
+      }
+      continue;
+    }
+    wg.rows = min(tile.rows - first_row, kWarpgroupRows);
+    wg.row0 = tile.row0 + first_row;
+    const float* b_scale[2];
+    float scale_b[2], sums[2][64], acc[64];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      b_scale[half] = shape.b_scale + int64_t(b_row(shape, tile, half) / 128) * shape.k_blocks;
+      scale_b[half] = __ldg(b_scale[half]);
+#pragma unroll
+      for (int i = 0; i < 64; ++i) sums[half][i] = 0.f;
+    }
+    for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
+      float next_scale_b[2];  // a K block ahead of its use: a global load's latency is about a K block
+#pragma unroll
+      for (int half = 0; half < 2; ++half) next_scale_b[half] = __ldg(b_scale[half] + min(k + 1, shape.k_blocks - 1));
+      shared.barriers.wait_full(at);
+      const auto& stage = shared.stages[at.stage];
+      const uint64_t a = wgmma_descriptor(smem_address(stage.a) + first_row * kBlockK);
+      const uint32_t a_scale = smem_address(shared.a_scale[at.stage]) + (first_row + wg.fragment_row()) * 4;
+      float scale_a[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint64_t b = wgmma_descriptor(smem_address(stage.b[half]));
+        register_fence(acc);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) wgmma_m64n128k32_e4m3(acc, a + 2 * i, b + 2 * i, i);
+        wgmma_commit();
+        register_fence(acc);
+        if (half == 0) {  // in the shadow of the wgmmas
+          scale_a[0] = load_shared_f32(a_scale);
+          scale_a[1] = load_shared_f32(a_scale + 8 * 4);
+        }
+        wgmma_wait();
+        register_fence(acc);
+        if (half == 1) {  // this warp has read all of the stage
+          __syncwarp();
+          if (wg.lane() == 0) shared.barriers.release(at);
+        }
+        const float s0 = scale_a[0] * scale_b[half], s1 = scale_a[1] * scale_b[half];
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+          sums[half][4 * j] += s0 * acc[4 * j];
+          sums[half][4 * j + 1] += s0 * acc[4 * j + 1];
+          sums[half][4 * j + 2] += s1 * acc[4 * j + 2];
+          sums[half][4 * j + 3] += s1 * acc[4 * j + 3];
+        }
+        scale_b[half] = next_scale_b[half];
+      }
+    }
+    epilogue.template run<Activation>(wg, sums, tile.column);
+  }
+}
+
+// The kernels (grouped_gemm_sm90.cu). Tensor maps: A [rows, K] in boxes of 128 x 128 bytes, its scales [K/128, rows] in
+// boxes of 1 x 128, B [L * rows_per_expert, K] in boxes of 128 x 128 bytes.
+__global__ void gemm1_sm90(const __grid_constant__ CUtensorMap a_scale_map, const __grid_constant__ CUtensorMap b_map,
+                           const __grid_constant__ GatherA gather, const __grid_constant__ GemmShape shape,
+                           const __grid_constant__ TileSchedule schedule,
+                           const __grid_constant__ ActivationEpilogue epilogue);
+__global__ void gemm2_sm90(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap a_scale_map,
+                           const __grid_constant__ CUtensorMap b_map, const __grid_constant__ GemmShape shape,
+                           const __grid_constant__ TileSchedule schedule,
+                           const __grid_constant__ Bf16Epilogue epilogue);
+
+inline constexpr int kGemm1SharedBytes = sizeof(GemmSharedMemory<ActivationEpilogue>);
+inline constexpr int kGemm2SharedBytes = sizeof(GemmSharedMemory<Bf16Epilogue>);
+static_assert(kGemm1SharedBytes <= kMaxSharedBytes && kGemm2SharedBytes <= kMaxSharedBytes, "shared memory of an SM");
+
+}  // namespace jax_moe::cuda

@@ -1,0 +1,44 @@
+// The ring of shared-memory stages between a producer and math warps. Each stage has two mbarriers: `full`, completed
+// when its data have landed (awaited by math warps), and `empty`, completed when every math warp has read it (awaited by
+// the producer). Both sides walk the ring with their own cursor.
+#pragma once
+#include "ptx.cuh"
+
+namespace jax_moe::cuda {
+
+template <int kStages>
+struct PipelineCursor {
+  int stage = 0;
+  uint32_t parity = 0;  // of the phase that this lap of the ring completes
+
+  DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <int kStages>
+struct PipelineBarriers {
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+
+  // By one thread; followed by a CTA barrier.
+  DEVICE void initialize(uint32_t full_arrivals, uint32_t empty_arrivals) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(smem_address(&full[i]), full_arrivals);
+      mbarrier_init(smem_address(&empty[i]), empty_arrivals);
+    }
+    mbarrier_fence_init();
+  }
+  DEVICE uint32_t full_address(int stage) const { return smem_address(&full[stage]); }
+  DEVICE void wait_full(const PipelineCursor<kStages>& at) const { mbarrier_wait(smem_address(&full[at.stage]), at.parity); }
+  // The first lap passes at once: a fresh barrier counts as having completed parity 1.
+  DEVICE void wait_empty(const PipelineCursor<kStages>& at) const {
+    mbarrier_wait(smem_address(&empty[at.stage]), at.parity ^ 1);
+  }
+  DEVICE void release(const PipelineCursor<kStages>& at) const { mbarrier_arrive(smem_address(&empty[at.stage])); }
+};
+
+}  // namespace jax_moe::cuda

@@ -1,0 +1,175 @@
+// A stable counting sort of expanded rows by local expert, in one launch for small calls and two for large ones: count
+// each chunk, then place each chunk after the rows that all chunks before it have.
+#include "route.cuh"
+
+namespace jax_moe::cuda {
+namespace {
+
+constexpr int kWarps = kRouteThreads / 32;
+
+// The local expert of a packed id, or -1.
+DEVICE int local_expert(const RouteParameters& p, int packed, int64_t offset) {
+  const int64_t id = packed >> 16, local = id - offset;
+  return id >= 0 && id < p.num_experts && local >= 0 && local < p.local_num_experts ? int(local) : -1;
+}
+DEVICE int64_t expert_offset(const RouteParameters& p) {
+  return p.local_expert_offset ? int64_t(__ldg(p.local_expert_offset)) : p.offset;
+}
+
+DEVICE int warp_sum(int v) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  return v;
+}
+
+// Sum of v over the threads before this one; `total` gets the sum over all. `warps`: kWarps ints of shared memory.
+DEVICE int exclusive_sum(int v, int* warps, int& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int inclusive = v;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int below = __shfl_up_sync(~0u, inclusive, d);
+    if (lane >= d) inclusive += below;
+  }
+  __syncthreads();  // `warps` may still be read by an earlier call
+  if (lane == 31) warps[warp] = inclusive;
+  __syncthreads();
+  const int others = warps[lane];
+  total = warp_sum(others);
+  return warp_sum(lane < warp ? others : 0) + inclusive - v;
+}
+
+// counts[e] = rows of expert e in this CTA's chunk.
+DEVICE void count_chunk(const RouteParameters& p, int64_t offset, int* counts) {
+  for (int e = threadIdx.x; e < p.local_num_experts; e += kRouteThreads) counts[e] = 0;
+  __syncthreads();
+  const int begin = blockIdx.x * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
+  for (int i = begin + threadIdx.x; i < end; i += kRouteThreads) {
+    const int e = local_expert(p, p.topk_ids[i], offset);
+    if (e >= 0) atomicAdd(&counts[e], 1);
+  }
+  __syncthreads();
+}
+
+// Sum over this expert's chunks [0, num_chunks), by one warp; kMaxRouteChunks = 4 a lane.
+DEVICE int sum_chunks(const RouteParameters& p, int expert, int num_chunks) {
+  static_assert(kMaxRouteChunks == 128, "one 16-byte load a lane");
+  const int first = threadIdx.x % 32 * 4;
+  const int4 v = *(reinterpret_cast<const int4*>(p.chunk_histogram + int64_t(expert) * kMaxRouteChunks) + threadIdx.x % 32);
+  return warp_sum((first < num_chunks ? v.x : 0) + (first + 1 < num_chunks ? v.y : 0) +
+                  (first + 2 < num_chunks ? v.z : 0) + (first + 3 < num_chunks ? v.w : 0));
+}
+
+// Lists the row blocks of all experts. By one CTA; `counts` holds rows per expert, `warps` kWarps ints.
+DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warps) {
+  const int per_thread = (p.local_num_experts + kRouteThreads - 1) / kRouteThreads;
+  const int first = min(int(threadIdx.x) * per_thread, p.local_num_experts);
+  const int last = min(first + per_thread, p.local_num_experts);
+  int rows = 0, blocks = 0, total_rows, total_blocks;
+  for (int e = first; e < last; ++e) {
+    rows += counts[e];
+    blocks += (counts[e] + kBlockM - 1) / kBlockM;
+  }
+  int row = exclusive_sum(rows, warps, total_rows), block = exclusive_sum(blocks, warps, total_blocks);
+  for (int e = first; e < last; ++e) {
+    const int count = counts[e], num_blocks = (count + kBlockM - 1) / kBlockM;
+    p.expert_offsets[e] = row;
+    for (int b = 0; b < num_blocks; ++b) {
+      const int group = b / kBlocksPerGroup * kBlocksPerGroup;
+      MBlock m;
+      m.row0 = row + b * kBlockM;
+      m.expert = e;
+      m.group_begin = block + group;
+      m.rows = int16_t(min(count - b * kBlockM, kBlockM));
+      m.group_size = int16_t(min(num_blocks - group, kBlocksPerGroup));
+      p.m_blocks[block + b] = m;
+    }
+    row += count;
+    block += num_blocks;
+  }
+  if (threadIdx.x == 0) {
+    p.expert_offsets[p.local_num_experts] = total_rows;
+    *p.num_m_blocks = total_blocks;
+  }
+}
+
+// next[e]: rows per expert -> first row of the expert, in place.
+DEVICE void to_offsets(const RouteParameters& p, int* next, int* warps) {
+  const int per_thread = (p.local_num_experts + kRouteThreads - 1) / kRouteThreads;
+  const int first = min(int(threadIdx.x) * per_thread, p.local_num_experts);
+  const int last = min(first + per_thread, p.local_num_experts);
+  int rows = 0, total;
+  for (int e = first; e < last; ++e) rows += next[e];
+  int row = exclusive_sum(rows, warps, total);
+  for (int e = first; e < last; ++e) {
+    const int count = next[e];
+    next[e] = row;
+    row += count;
+  }
+  __syncthreads();
+}
+
+// Gives every index of this CTA's chunk its row, in order: 1024 indices at a time, one warp after the other.
+DEVICE void place_chunk(const RouteParameters& p, int64_t offset, int* next) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int begin = blockIdx.x * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
+  for (int base = begin; base < end; base += kRouteThreads) {
+    const int i = base + threadIdx.x;
+    const int packed = i < end ? p.topk_ids[i] : -1;
+    const int e = local_expert(p, packed, offset);
+    const unsigned peers = __match_any_sync(~0u, e);
+    const int rank = __popc(peers & ((1u << lane) - 1));
+    int row = -1;
+    const int num_warps = min(kWarps, (end - base + 31) / 32);
+    for (int w = 0; w < num_warps; ++w) {
+      if (w == warp) {
+        if (e >= 0) row = next[e] + rank;
+        __syncwarp();
+        if (e >= 0 && rank == 0) next[e] += __popc(peers);
+      }
+      __syncthreads();
+    }
+    if (i < end) {
+      p.expanded_idx_to_permuted_idx[i] = row;
+      if (row >= 0) p.permuted_idx_to_token[row] = i / p.top_k;
+      if (p.expert_weights) p.expert_weights[i] = uint16_t(packed);
+    }
+  }
+}
+
+}  // namespace
+
+__global__ void __launch_bounds__(kRouteThreads) route_count(const __grid_constant__ RouteParameters p) {
+  int* counts = reinterpret_cast<int*>(dynamic_shared_memory());
+  count_chunk(p, expert_offset(p), counts);
+  for (int e = threadIdx.x; e < p.local_num_experts; e += kRouteThreads)
+    p.chunk_histogram[int64_t(e) * kMaxRouteChunks + blockIdx.x] = counts[e];
+}
+
+__global__ void __launch_bounds__(kRouteThreads) route_scatter(const __grid_constant__ RouteParameters p) {
+  __shared__ int warps[kWarps];
+  int* next = reinterpret_cast<int*>(dynamic_shared_memory());  // [L] rows of each expert, then its next free row
+  const int64_t offset = expert_offset(p);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (p.num_chunks == 1) {
+    count_chunk(p, offset, next);
+  } else {
+    for (int e = warp; e < p.local_num_experts; e += kWarps) {
+      const int rows = sum_chunks(p, e, p.num_chunks);
+      if (lane == 0) next[e] = rows;
+    }
+    __syncthreads();
+  }
+  if (blockIdx.x == 0) list_m_blocks(p, next, warps);
+  to_offsets(p, next, warps);
+  if (p.num_chunks > 1) {
+    for (int e = warp; e < p.local_num_experts; e += kWarps) {
+      const int before = sum_chunks(p, e, blockIdx.x);
+      if (lane == 0) next[e] += before;
+    }
+    __syncthreads();
+  }
+  place_chunk(p, offset, next);
+}
+
+}  // namespace jax_moe::cuda

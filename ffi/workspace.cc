@@ -1,0 +1,66 @@
+// Lays out the workspace of a call: the only place that knows its order and sizes.
+#include "workspace.h"
+
+namespace jax_moe {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+
+class Carve {
+ public:
+  Carve(void* base, int64_t num_tokens)
+      : next_((reinterpret_cast<uintptr_t>(base) + kAlignment - 1) / kAlignment * kAlignment), num_tokens_(num_tokens) {}
+
+  // An array of constant + per_token * T elements.
+  template <class T>
+  T* Take(AffineBytes elements) {
+    const int64_t item = sizeof(T);
+    size_.constant += elements.constant * item + kAlignment - 1;
+    size_.per_token += elements.per_token * item;
+    T* result = reinterpret_cast<T*>(next_);
+    next_ += (elements.at(num_tokens_) * item + kAlignment - 1) / kAlignment * kAlignment;
+    return result;
+  }
+
+  AffineBytes size() const { return {size_.constant + kAlignment - 1, size_.per_token}; }
+
+ private:
+  uintptr_t next_;
+  int64_t num_tokens_;
+  AffineBytes size_;
+};
+
+}  // namespace
+
+Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
+  const int64_t h_blocks = p.hidden_size / kScaleBlock, i_blocks = p.intermediate_size / kScaleBlock;
+  const int64_t experts = p.local_num_experts;
+  Carve carve(buffers.workspace.data, p.num_tokens);
+  Workspace w{};
+  w.scale_stride = (p.expanded_rows() + 3) / 4 * 4;
+  if (p.hidden_states_are_bf16()) {
+    w.x = carve.Take<uint8_t>({0, p.hidden_size});
+    w.x_scale = carve.Take<float>({0, h_blocks});
+  }
+  w.permuted_idx_to_token = carve.Take<int32_t>({0, p.top_k});
+  w.expert_offsets = carve.Take<int32_t>({experts + 1, 0});
+  w.chunk_histogram = carve.Take<int32_t>({kMaxRouteChunks * experts, 0});
+  w.num_m_blocks = carve.Take<int32_t>({1, 0});
+  w.m_blocks = carve.Take<MBlock>({experts + 1, (p.top_k + kBlockM - 1) / kBlockM});
+  w.permuted_x_scale = carve.Take<float>({3 * h_blocks, p.top_k * h_blocks});
+  w.h = carve.Take<uint8_t>({0, p.top_k * p.intermediate_size});
+  w.h_scale = carve.Take<float>({3 * i_blocks, p.top_k * i_blocks});
+  if (p.do_finalize) {
+    w.expanded_idx_to_permuted_idx = carve.Take<int32_t>({0, p.top_k});
+    w.y2 = carve.Take<uint16_t>({0, p.top_k * p.hidden_size});
+  } else {
+    w.expanded_idx_to_permuted_idx = static_cast<int32_t*>(buffers.expanded_idx_to_permuted_idx.data);
+    w.y2 = static_cast<uint16_t*>(buffers.gemm2_output.data);
+  }
+  w.size = carve.size();
+  return w;
+}
+
+AffineBytes WorkspaceSize(const Problem& problem) { return CarveWorkspace(problem, Buffers{}).size; }
+
+}  // namespace jax_moe

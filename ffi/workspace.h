@@ -1,0 +1,45 @@
+// What a call keeps between its stages, and the one walk that lays it out. Carve is walked twice with the same lines:
+// to learn the size (affine in the number of tokens) and to hand out pointers. Both backends use it, so that a module
+// exported for both platforms has one workspace size.
+#pragma once
+#include "moe.h"
+
+namespace jax_moe {
+
+// Blocks of at most kBlockM rows of one expert, the unit of the GEMM schedules. Blocks are numbered in row order; groups
+// of up to kBlocksPerGroup neighbours of one expert walk the weight columns together, so that a weight tile is read from
+// memory once.
+inline constexpr int kBlockM = 128;
+inline constexpr int kBlocksPerGroup = 16;
+struct alignas(16) MBlock {
+  int32_t row0;         // first permuted row
+  int32_t expert;       // local expert
+  int32_t group_begin;  // number of the group's first block
+  int16_t rows;         // 1..kBlockM
+  int16_t group_size;   // 1..kBlocksPerGroup
+};
+
+// A large call is routed in at most this many chunks of consecutive expanded indices.
+inline constexpr int kMaxRouteChunks = 128;
+
+struct Workspace {
+  uint8_t* x;                             // e4m3 [T, H]       quantised hidden_states (bf16 input only)
+  float* x_scale;                         // [T, H/128]        its scales (bf16 input only)
+  int32_t* expanded_idx_to_permuted_idx;  // [T*K]             the result of that name without do_finalize
+  int32_t* permuted_idx_to_token;         // [T*K]
+  int32_t* expert_offsets;                // [L + 1]           first permuted row of each local expert
+  int32_t* chunk_histogram;               // [L, kMaxRouteChunks]
+  int32_t* num_m_blocks;                  // [1]
+  MBlock* m_blocks;                       // [T*K/128 + L + 1]
+  float* permuted_x_scale;                // [H/128, scale_stride]
+  uint8_t* h;                             // e4m3 [T*K, I]     activation of a permuted row
+  float* h_scale;                         // [I/128, scale_stride]
+  uint16_t* y2;                           // bf16 [T*K, H]     the result gemm2_output without do_finalize
+  int64_t scale_stride;                   // T*K rounded up to 4: TMA wants strides of 16 bytes
+  AffineBytes size;                       // an upper bound for every number of tokens
+};
+
+// Pointers are offsets from buffers.workspace.data rounded up to 256 bytes; with null data only `size` means anything.
+Workspace CarveWorkspace(const Problem& problem, const Buffers& buffers);
+
+}  // namespace jax_moe
