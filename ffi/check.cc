@@ -1,5 +1,5 @@
-// What is checked of a call in C++: only what could corrupt memory (sizes, alignment) or compute something else than was
-// asked (options that this build does not have). Full argument checks with their words are in jax_moe/problem.py.
+// What is checked of a call in C++: only what could corrupt memory (sizes, alignment) or compute something else than
+// was asked (options that this build does not have). Full argument checks with their words are in jax_moe/problem.py.
 #include <cstring>
 
 #include "moe.h"
@@ -53,10 +53,10 @@ Status CheckBuffers(const Problem& p, const Buffers& b) {
   const int64_t T = p.num_tokens, K = p.top_k, H = p.hidden_size, I = p.intermediate_size, L = p.local_num_experts;
   const int64_t h_blocks = H / kScaleBlock, i_blocks = I / kScaleBlock;
   const int64_t x_bytes = p.hidden_states_are_bf16() ? 2 : 1;
-  const int64_t scale_elements = T == 0 || p.hidden_states_are_bf16()
-                                     ? 0
-                                     : (h_blocks - 1) * p.hidden_states_scale_block_stride +
-                                           (T - 1) * p.hidden_states_scale_token_stride + 1;
+  const int64_t scale_elements =
+      T == 0 || p.hidden_states_are_bf16()
+          ? 0
+          : (h_blocks - 1) * p.hidden_states_scale_block_stride + (T - 1) * p.hidden_states_scale_token_stride + 1;
   if (p.hidden_states_scale_block_stride < 0 || p.hidden_states_scale_token_stride < 0)
     return Status::Invalid("hidden_states_scale must have non-negative strides");
   const bool finalize = p.do_finalize;
@@ -95,7 +95,9 @@ std::string AbiText() {
   text += "\noutputs:";
   JAX_MOE_OUTPUTS(BUFFER)
 #undef BUFFER
-  const auto value = [&](const char* name, auto v) { text += std::string(" ") + name + "=" + std::to_string(int64_t(v)); };
+  const auto value = [&](const char* name, auto v) {
+    text += std::string(" ") + name + "=" + std::to_string(int64_t(v));
+  };
   text += "\nenums:";
   value("DataType.NONE", DataType::kNone);
   value("DataType.FLOAT8_E4M3", DataType::kFloat8E4M3);

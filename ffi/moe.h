@@ -20,33 +20,33 @@ inline constexpr int64_t kMaxTopK = 32;
 // One line a field: everything that a backend has to know of a call. All are int64 so that Python can hand them over
 // as one list. hidden_states_scale_*_stride count elements: [H/128, T] has block stride T and token stride 1.
 // local_expert_offset is used when Buffers::local_expert_offset is null.
-#define JAX_MOE_PROBLEM_FIELDS(FIELD)    \
-  FIELD(num_tokens)                      \
-  FIELD(hidden_size)                     \
-  FIELD(intermediate_size)               \
-  FIELD(num_experts)                     \
-  FIELD(top_k)                           \
-  FIELD(local_num_experts)               \
-  FIELD(local_expert_offset)             \
-  FIELD(hidden_states_dtype)             \
-  FIELD(hidden_states_scale_block_stride)\
-  FIELD(hidden_states_scale_token_stride)\
-  FIELD(fp8_quantization_type)           \
-  FIELD(activation_type)                 \
-  FIELD(weight_layout)                   \
-  FIELD(use_shuffled_weight)             \
+#define JAX_MOE_PROBLEM_FIELDS(FIELD)     \
+  FIELD(num_tokens)                       \
+  FIELD(hidden_size)                      \
+  FIELD(intermediate_size)                \
+  FIELD(num_experts)                      \
+  FIELD(top_k)                            \
+  FIELD(local_num_experts)                \
+  FIELD(local_expert_offset)              \
+  FIELD(hidden_states_dtype)              \
+  FIELD(hidden_states_scale_block_stride) \
+  FIELD(hidden_states_scale_token_stride) \
+  FIELD(fp8_quantization_type)            \
+  FIELD(activation_type)                  \
+  FIELD(weight_layout)                    \
+  FIELD(use_shuffled_weight)              \
   FIELD(do_finalize)
 
 // Operands then results, in the order of the XLA custom call. Absent arrays have null data and zero bytes.
-#define JAX_MOE_INPUTS(BUFFER)                                                 \
-  BUFFER(topk_ids)             /* int32 [T, K], packed (id << 16) | bf16    */ \
-  BUFFER(hidden_states)        /* e4m3 or bf16 [T, H]                       */ \
-  BUFFER(hidden_states_scale)  /* f32 [H/128, T], strided; absent with bf16 */ \
-  BUFFER(gemm1_weights)        /* e4m3 [L, 2I, H], up rows then gate rows   */ \
-  BUFFER(gemm1_weights_scale)  /* f32 [L, 2I/128, H/128]                    */ \
-  BUFFER(gemm2_weights)        /* e4m3 [L, H, I]                            */ \
-  BUFFER(gemm2_weights_scale)  /* f32 [L, H/128, I/128]                     */ \
-  BUFFER(local_expert_offset)  /* int32 [], absent: Problem's value         */
+#define JAX_MOE_INPUTS(BUFFER)                                                \
+  BUFFER(topk_ids)            /* int32 [T, K], packed (id << 16) | bf16    */ \
+  BUFFER(hidden_states)       /* e4m3 or bf16 [T, H]                       */ \
+  BUFFER(hidden_states_scale) /* f32 [H/128, T], strided; absent with bf16 */ \
+  BUFFER(gemm1_weights)       /* e4m3 [L, 2I, H], up rows then gate rows   */ \
+  BUFFER(gemm1_weights_scale) /* f32 [L, 2I/128, H/128]                    */ \
+  BUFFER(gemm2_weights)       /* e4m3 [L, H, I]                            */ \
+  BUFFER(gemm2_weights_scale) /* f32 [L, H/128, I/128]                     */ \
+  BUFFER(local_expert_offset) /* int32 [], absent: Problem's value         */
 #define JAX_MOE_OUTPUTS(BUFFER)                                                \
   BUFFER(output)                       /* bf16 [T, H], with do_finalize     */ \
   BUFFER(gemm2_output)                 /* bf16 [T*K, H], without            */ \
@@ -98,9 +98,9 @@ struct AffineBytes {
 enum Stage : int { kRoute = 1, kPermute = 2, kGemm1 = 4, kGemm2 = 8, kFinalize = 16, kAllStages = 31 };
 
 // Shared by the backends (ffi/workspace.cc, ffi/check.cc).
-AffineBytes WorkspaceSize(const Problem& problem);                      // the same for every backend and device
-Status CheckBuffers(const Problem& problem, const Buffers& buffers);    // sizes that could corrupt memory, alignment
-std::string AbiText();                                                  // fields, buffers and enums, for problem.py
+AffineBytes WorkspaceSize(const Problem& problem);                    // the same for every backend and device
+Status CheckBuffers(const Problem& problem, const Buffers& buffers);  // sizes that could corrupt memory, alignment
+std::string AbiText();                                                // fields, buffers and enums, for problem.py
 
 namespace cpu {
 Status Forward(const Problem& problem, const Buffers& buffers, int stages = kAllStages);

@@ -9,7 +9,8 @@ constexpr int64_t kAlignment = 256;
 class Carve {
  public:
   Carve(void* base, int64_t num_tokens)
-      : next_((reinterpret_cast<uintptr_t>(base) + kAlignment - 1) / kAlignment * kAlignment), num_tokens_(num_tokens) {}
+      : next_((reinterpret_cast<uintptr_t>(base) + kAlignment - 1) / kAlignment * kAlignment),
+        num_tokens_(num_tokens) {}
 
   // An array of constant + per_token * T elements.
   template <class T>

@@ -6,6 +6,7 @@ Values are FlashInfer's. Import neither jax nor torch here.
 from __future__ import annotations
 
 import enum
+import numbers
 from typing import TypeVar
 
 
@@ -67,9 +68,9 @@ def parse_enum(function: str, argument: str, kind: type[EnumType], value: object
         return value
     if isinstance(value, enum.Enum) and value.name in kind.__members__:
         return kind[value.name]
-    if isinstance(value, int) and not isinstance(value, bool) and not isinstance(value, enum.Enum):
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and not isinstance(value, enum.Enum):
         try:
-            return kind(value)
+            return kind(int(value))
         except ValueError:
             pass
     names = ", ".join(f"{member.name}={member.value}" for member in kind)

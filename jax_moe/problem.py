@@ -8,8 +8,9 @@ from it. Imports neither jax nor torch. Errors follow `<function>: <argument> mu
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from .enums import (
     ActivationType,
@@ -123,9 +124,9 @@ class Options:
             return
         groups = 1 if self.n_group in (None, 0) else self.n_group
         chosen = 1 if self.topk_group in (None, 0) else self.topk_group
-        if not isinstance(groups, int) or groups < 1 or num_experts % groups:
+        if not _is_int(groups) or groups < 1 or num_experts % groups:
             raise _invalid(function, "n_group", f"a positive divisor of num_experts ({num_experts})", self.n_group)
-        if not isinstance(chosen, int) or not 1 <= chosen <= groups:
+        if not _is_int(chosen) or not 1 <= chosen <= groups:
             raise _invalid(function, "topk_group", f"in [1, n_group] = [1, {groups}]", self.topk_group)
 
 
@@ -182,10 +183,10 @@ class Problem:
             tokens,
             hidden,
             gemm1.shape[1] // 2,
-            num_experts,
+            int(num_experts) if _is_int(num_experts) else num_experts,
             top_k,
             local,
-            0 if local_expert_offset is None else local_expert_offset,
+            int(local_expert_offset) if _is_int(local_expert_offset) else 0,
             DataType.FLOAT8_E4M3 if x.dtype == FLOAT8 else DataType.BFLOAT16,
             *(scale_strides or ((1, hidden // SCALE_BLOCK) if scale_is_token_major else (tokens, 1))),
             options.fp8_quantization_type,
@@ -217,8 +218,7 @@ class Problem:
                 raise _invalid(function, "gemm1_weights", expected, self.local_num_experts)
         elif not _is_int(offset) or not 0 <= offset <= self.num_experts - self.local_num_experts:
             expected = (
-                f"an integer in [0, num_experts - local_num_experts] = "
-                f"[0, {self.num_experts - self.local_num_experts}]"
+                f"an integer in [0, num_experts - local_num_experts] = [0, {self.num_experts - self.local_num_experts}]"
             )
             raise _invalid(function, "local_expert_offset", expected, offset)
         if _is_int(self.num_tokens) and self.num_tokens * self.top_k > ROW_LIMIT:
@@ -314,12 +314,12 @@ def _multiple(size: str, value: int) -> str:
     return f"of a {size} that is a multiple of {SCALE_BLOCK}; pad {size} {value} to {padded}"
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)  # numpy's integers too
 
 
 def _flag(function: str, argument: str, value: object) -> bool:
-    if not isinstance(value, (bool, int)) or value not in (0, 1):
+    if not isinstance(value, numbers.Integral) or value not in (0, 1):
         raise _invalid(function, argument, "True or False", repr(value))
     return bool(value)
 

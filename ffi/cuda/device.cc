@@ -54,7 +54,9 @@ Status CheckDevice(int device, int* num_sms) {
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaErrorInvalidDevice) return Status::Invalid("device must be a CUDA device, got " + std::to_string(device));
+  if (error != cudaSuccess) cudaGetLastError();  // told below; not for a later call to find
+  if (error == cudaErrorInvalidDevice)
+    return Status::Invalid("device must be a CUDA device, got " + std::to_string(device));
   if (error != cudaSuccess) return Status::Unsupported(NoDevice(error) + kCpuPath);
   if (major != 9 || minor != 0)
     return Status::Unsupported("the CUDA kernels must run on a Hopper GPU (compute capability 9.0), got " +

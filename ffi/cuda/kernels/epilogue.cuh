@@ -12,11 +12,11 @@ inline constexpr int kStagingTileBytes = kWarpgroupRows * 128;  // 64 rows of 12
 
 // Where a warpgroup stands: its thread, its rows of the tile.
 struct WarpgroupContext {
-  int index;           // of the math warpgroup
-  int thread;          // 0..127
-  int rows;            // valid rows of these 64, 1..64
-  int64_t row0;        // first permuted row
-  uint32_t staging;    // its shared memory
+  int index;         // of the math warpgroup
+  int thread;        // 0..127
+  int rows;          // valid rows of these 64, 1..64
+  int64_t row0;      // first permuted row
+  uint32_t staging;  // its shared memory
 
   DEVICE int warp() const { return thread / 32; }
   DEVICE int lane() const { return thread % 32; }
@@ -24,7 +24,9 @@ struct WarpgroupContext {
   // Arrivals: the 128 threads of this warpgroup. Publishes its staging memory. Barrier 0 is the CTA's.
   DEVICE void sync() const { named_barrier_sync(1 + index, 128); }
   // 128-byte rows, 16-byte pieces swizzled by row: no bank conflicts for fragments nor for rows.
-  static DEVICE uint32_t swizzled(uint32_t base, int row, int piece) { return base + row * 128 + ((piece ^ (row & 7)) << 4); }
+  static DEVICE uint32_t swizzled(uint32_t base, int row, int piece) {
+    return base + row * 128 + ((piece ^ (row & 7)) << 4);
+  }
 
   // Copies the staged 64 x 128 bytes to rows of `stride` bytes at `destination` (16-byte aligned).
   DEVICE void store_rows(uint32_t from, uint8_t* destination, int64_t stride) const {

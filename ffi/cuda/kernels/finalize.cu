@@ -1,6 +1,5 @@
 // Weighted sum of a token's rows, 8 columns a thread, 8 rows in flight.
 #include "finalize.cuh"
-
 #include "fp8.cuh"
 
 namespace jax_moe::cuda {

@@ -10,8 +10,8 @@ namespace jax_moe::cuda {
 inline constexpr float kFloat8Max = 448.f;
 inline constexpr float kMinScale = 1.17549435e-38f;  // smallest normal float32
 
-// The scale of a block with that largest magnitude. NOTE: fmaxf drops NaN, so a NaN element becomes a NaN code under the
-// scale of the others; an infinite magnitude makes the whole block NaN or 0 times infinity.
+// The scale of a block with that largest magnitude. NOTE: fmaxf drops NaN, so a NaN element becomes a NaN code under
+// the scale of the others; an infinite magnitude makes the whole block NaN or 0 times infinity.
 DEVICE float block_scale(float amax) { return fmaxf(amax / kFloat8Max, kMinScale); }
 
 // Two e4m3 codes, `lo` in the low byte; round to nearest even, saturating, NaN stays NaN.

@@ -26,11 +26,11 @@ struct GatherA {
 // What both GEMMs are told. The B rows of a tile's two halves begin at expert * rows_per_expert + column * column_step
 // and half_step rows later.
 struct GemmShape {
-  const float* b_scale;     // [L * rows_per_expert / 128, k_blocks]
-  int rows_per_expert;      // 2I or H
-  int column_step;          // 128 (gate and up side by side) or 256
-  int half_step;            // I or 128
-  int k_blocks;             // K / 128
+  const float* b_scale;  // [L * rows_per_expert / 128, k_blocks]
+  int rows_per_expert;   // 2I or H
+  int column_step;       // 128 (gate and up side by side) or 256
+  int half_step;         // I or 128
+  int k_blocks;          // K / 128
 };
 
 template <class Epilogue>
@@ -146,6 +146,7 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule&
     if (first_row >= tile.rows) {  // nothing to do here but to free the stages
       for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
         shared.barriers.wait_full(at);
+        __syncwarp();  // NOTE: a lane still waiting would miss the phase that a refill completes
         if (wg.lane() == 0) shared.barriers.release(at);
       }
       continue;

@@ -1,7 +1,6 @@
 // Quantises tokens once each, and copies their scales to permuted order.
-#include "permute.cuh"
-
 #include "fp8.cuh"
+#include "permute.cuh"
 
 namespace jax_moe::cuda {
 

@@ -1,6 +1,6 @@
 // The ring of shared-memory stages between a producer and math warps. Each stage has two mbarriers: `full`, completed
-// when its data have landed (awaited by math warps), and `empty`, completed when every math warp has read it (awaited by
-// the producer). Both sides walk the ring with their own cursor.
+// when its data have landed (awaited by math warps), and `empty`, completed when every math warp has read it (awaited
+// by the producer). Both sides walk the ring with their own cursor.
 #pragma once
 #include "ptx.cuh"
 
@@ -33,7 +33,9 @@ struct PipelineBarriers {
     mbarrier_fence_init();
   }
   DEVICE uint32_t full_address(int stage) const { return smem_address(&full[stage]); }
-  DEVICE void wait_full(const PipelineCursor<kStages>& at) const { mbarrier_wait(smem_address(&full[at.stage]), at.parity); }
+  DEVICE void wait_full(const PipelineCursor<kStages>& at) const {
+    mbarrier_wait(smem_address(&full[at.stage]), at.parity);
+  }
   // The first lap passes at once: a fresh barrier counts as having completed parity 1.
   DEVICE void wait_empty(const PipelineCursor<kStages>& at) const {
     mbarrier_wait(smem_address(&empty[at.stage]), at.parity ^ 1);

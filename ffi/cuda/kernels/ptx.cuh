@@ -21,7 +21,8 @@ DEVICE uint8_t* dynamic_shared_memory() {
 }
 DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// ---- mbarrier --------------------------------------------------------------------------------------------------------
+// ---- mbarrier
+// --------------------------------------------------------------------------------------------------------
 DEVICE void mbarrier_init(uint32_t smem, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem), "r"(arrivals) : "memory");
 }
@@ -38,16 +39,19 @@ DEVICE void mbarrier_arrive_expect(uint32_t smem, uint32_t bytes) {
 DEVICE void mbarrier_wait(uint32_t smem, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
-      "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(smem),
+      "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(
+          smem),
       "r"(parity)
       : "memory");
 }
 
-// ---- copies ----------------------------------------------------------------------------------------------------------
+// ---- copies
+// ----------------------------------------------------------------------------------------------------------
 DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// The box of `map` at element (x, y) to shared memory; its bytes arrive on `barrier`. Elements outside the tensor are 0.
+// The box of `map` at element (x, y) to shared memory; its bytes arrive on `barrier`. Elements outside the tensor are
+// 0.
 DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -66,7 +70,8 @@ DEVICE void cp_async_wait() {
 // Orders this thread's ordinary shared-memory writes (cp.async included) before reads by wgmma or bulk copies.
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory
+// ---------------------------------------------------------------------------------------------------
 DEVICE float load_shared_f32(uint32_t smem) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(smem) : "memory");
@@ -74,7 +79,10 @@ DEVICE float load_shared_f32(uint32_t smem) {
 }
 DEVICE uint4 load_shared_v4(uint32_t smem) {
   uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(smem) : "memory");
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(smem)
+               : "memory");
   return v;
 }
 DEVICE void store_shared_u16(uint32_t smem, uint16_t v) {
@@ -87,7 +95,8 @@ DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, u
                : "memory");
 }
 
-// ---- warpgroups ------------------------------------------------------------------------------------------------------
+// ---- warpgroups
+// ------------------------------------------------------------------------------------------------------
 DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -100,9 +109,10 @@ DEVICE void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- wgmma -----------------------------------------------------------------------------------------------------------
-// Shared-memory descriptor of a K-major tile of 128-byte rows, 128-byte swizzle, 1024 bytes between 8-row groups. Adding
-// n to it moves the tile by 16 n bytes.
+// ---- wgmma
+// -----------------------------------------------------------------------------------------------------------
+// Shared-memory descriptor of a K-major tile of 128-byte rows, 128-byte swizzle, 1024 bytes between 8-row groups.
+// Adding n to it moves the tile by 16 n bytes.
 DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
   return (uint64_t((smem & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }

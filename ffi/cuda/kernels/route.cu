@@ -55,7 +55,8 @@ DEVICE void count_chunk(const RouteParameters& p, int64_t offset, int* counts) {
 DEVICE int sum_chunks(const RouteParameters& p, int expert, int num_chunks) {
   static_assert(kMaxRouteChunks == 128, "one 16-byte load a lane");
   const int first = threadIdx.x % 32 * 4;
-  const int4 v = *(reinterpret_cast<const int4*>(p.chunk_histogram + int64_t(expert) * kMaxRouteChunks) + threadIdx.x % 32);
+  const int4 v =
+      *(reinterpret_cast<const int4*>(p.chunk_histogram + int64_t(expert) * kMaxRouteChunks) + threadIdx.x % 32);
   return warp_sum((first < num_chunks ? v.x : 0) + (first + 1 < num_chunks ? v.y : 0) +
                   (first + 2 < num_chunks ? v.z : 0) + (first + 3 < num_chunks ? v.w : 0));
 }

@@ -1,6 +1,6 @@
 // Route: packed top-k ids -> maps between expanded and permuted rows, and the row blocks of the GEMMs.
-// Permuted rows are sorted by local expert, then by expanded index: the same on every run. Ids are never used as indices
-// before they are checked, so any bit pattern is safe.
+// Permuted rows are sorted by local expert, then by expanded index: the same on every run. Ids are never used as
+// indices before they are checked, so any bit pattern is safe.
 #pragma once
 #include "../../workspace.h"
 #include "ptx.cuh"
@@ -16,9 +16,9 @@ struct RouteParameters {
   int num_expanded;  // T * K
   int top_k;
   int num_experts;
-  int local_num_experts;  // L
-  int num_chunks;         // 1..kMaxRouteChunks CTAs, each with
-  int chunk_size;         // this many expanded indices
+  int local_num_experts;                  // L
+  int num_chunks;                         // 1..kMaxRouteChunks CTAs, each with
+  int chunk_size;                         // this many expanded indices
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks], used when num_chunks > 1
   int32_t* expanded_idx_to_permuted_idx;  // [num_expanded], -1: no row
   int32_t* permuted_idx_to_token;         // [rows]
