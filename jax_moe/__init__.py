@@ -1,0 +1,52 @@
+"""FP8 block-scaled mixture-of-experts inference for JAX, compiled, on Hopper GPUs and CPUs.
+
+Names are loaded on first use: importing jax_moe imports neither jax nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
+    from .moe import export_checks, fp8_block_scale_routed_moe
+    from .quantize import quantize_activations, quantize_weights
+    from .routing import pack_topk_ids, unpack_topk_ids
+
+__all__ = [
+    "ActivationType",
+    "Fp8QuantizationType",
+    "RoutingMethodType",
+    "WeightLayout",
+    "__version__",
+    "export_checks",
+    "fp8_block_scale_routed_moe",
+    "pack_topk_ids",
+    "quantize_activations",
+    "quantize_weights",
+    "unpack_topk_ids",
+]
+
+# Module -> the public names that it has.
+_HOMES = {
+    "enums": ("ActivationType", "Fp8QuantizationType", "RoutingMethodType", "WeightLayout"),
+    "moe": ("export_checks", "fp8_block_scale_routed_moe"),
+    "quantize": ("quantize_activations", "quantize_weights"),
+    "routing": ("pack_topk_ids", "unpack_topk_ids"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f".{module}", __name__), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

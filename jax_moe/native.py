@@ -1,0 +1,138 @@
+"""The compiled module jax_moe._native: loading it, and calling it with plain pointers.
+
+Imports neither jax nor torch; both the JAX functions and the torch facade stand on it. Raw pointers are not checked
+against Python objects here: callers hold their arrays alive until the call (CPU) or the stream (GPU) is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from . import problem as contract
+
+TARGET = "jax_moe.fp8_block_scale_routed_moe.v1"  # of the XLA custom call, on every platform
+
+ROUTE, PERMUTE, GEMM1, GEMM2, FINALIZE = 1, 2, 4, 8, 16  # stages of a call; ffi/moe.h: Stage
+ALL_STAGES = ROUTE | PERMUTE | GEMM1 | GEMM2 | FINALIZE
+
+_EXTENSION = f"{__package__}._native"
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The compiled module. Raises ImportError when it is missing or was built from other sources than these."""
+    extension = _import_extension()
+    check_abi(extension.abi_text())
+    return extension
+
+
+def check_abi(compiled: str) -> None:
+    """Raises ImportError unless `compiled`, the contract a library was built with, is that of problem.py."""
+    expected = contract.abi_text()
+    if compiled == expected:
+        return
+    lines = zip(compiled.splitlines(), expected.splitlines(), strict=False)
+    ours, theirs = next(((b, a) for a, b in lines if a != b), (expected, compiled))
+    raise ImportError(
+        "jax_moe: the compiled library does not belong to these Python files; reinstall with `pip install .` "
+        f"(the files say '{ours}', the library says '{theirs}')"
+    )
+
+
+def _import_extension() -> ModuleType:
+    try:
+        return importlib.import_module(_EXTENSION)
+    except ModuleNotFoundError as error:
+        if error.name != _EXTENSION:
+            raise
+    # These may be the files of a source folder, standing before the installed package on sys.path: take its library.
+    path = _installed_extension()
+    spec = path and importlib.util.spec_from_file_location(_EXTENSION, path)
+    if not spec or not spec.loader:
+        raise ImportError(
+            "jax_moe: the compiled library is missing; build it with `pip install .` in the source folder"
+        )
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    sys.modules[_EXTENSION] = extension
+    return extension
+
+
+def _installed_extension() -> str | None:
+    """Path of _native in the installed distribution, None when there is none for this Python."""
+    try:
+        files = importlib.metadata.files("jax-moe") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if str(file).startswith("jax_moe/_native."):
+            return str(file.locate())
+    return None
+
+
+def check_ffi_version(runtime: tuple[int, int]) -> None:
+    """Raises ImportError unless an XLA runtime of that FFI API version, (major, minor), takes our handlers.
+
+    A runtime takes handlers built against its own version or an older one; a newer one would break its start.
+    """
+    major, minor = load().ffi_api_version()
+    if runtime[0] != major or runtime[1] < minor:
+        raise ImportError(
+            f"jax_moe: the compiled library needs XLA FFI API {major}.{minor} or newer, this jaxlib has "
+            f"{runtime[0]}.{runtime[1]}; upgrade jax and jaxlib, or reinstall jax-moe beside them with "
+            "`pip install --no-build-isolation .`"
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def handle(problem: contract.Problem) -> Any:
+    """The C++ Problem of `problem`."""
+    return load().Problem(problem.fields())
+
+
+def workspace_bytes(problem: contract.Problem) -> Any:
+    """Bytes of workspace that a call needs; an affine function of num_tokens, which may be symbolic."""
+    sizes = dataclasses.replace(
+        problem, num_tokens=0, hidden_states_scale_block_stride=0, hidden_states_scale_token_stride=0
+    )
+    constant, per_token = _workspace_size(sizes)
+    return constant + per_token * problem.num_tokens
+
+
+@functools.lru_cache(maxsize=1024)
+def _workspace_size(problem: contract.Problem) -> tuple[int, int]:
+    return load().workspace_size(handle(problem))
+
+
+def forward(
+    problem: contract.Problem,
+    pointers: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    device: int | None = None,
+    stream: int = 0,
+    stages: int = ALL_STAGES,
+) -> None:
+    """Runs a call on the arrays at `pointers`, of `sizes` bytes: problem.INPUTS then OUTPUTS, 0 and 0 where absent.
+
+    device None is the CPU, and returns when the outputs are written; a number is a CUDA device, and returns when the
+    work is on `stream` (a cudaStream_t of that device). Raises ValueError for sizes or alignment that do not fit the
+    problem, NotImplementedError for what this build or device cannot do, RuntimeError for a failed launch.
+    """
+    if device is None:
+        load().forward_cpu(handle(problem), pointers, sizes, stages)
+    else:
+        load().forward_cuda(handle(problem), pointers, sizes, device, stream, stages)
+
+
+def explain(problem: contract.Problem, num_sms: int = 132) -> str:
+    """The kernels and tiles that a GPU with `num_sms` multiprocessors would run for `problem`, as text."""
+    return load().explain(handle(problem), num_sms)
