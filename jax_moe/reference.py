@@ -1,0 +1,151 @@
+"""What the op means, in numpy: the definition that tests and benchmarks compare against, written apart from any kernel.
+
+Every array is an ordinary numpy array (float8 and bfloat16 by ml_dtypes), every sum is float32, and experts without
+rows cost nothing. Imports neither jax nor torch nor the extension.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 128  # elements that share a scale
+E4M3_MAX = np.float32(448)
+MIN_SCALE = np.finfo(np.float32).tiny
+E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+class Result(NamedTuple):
+    """Everything the op may return. Rows of gemm2_output that the map does not name are zero here."""
+
+    output: NDArray  # [T, H]
+    gemm2_output: NDArray  # [T*K, H]
+    expert_weights: NDArray  # bfloat16 [T, K]
+    expanded_idx_to_permuted_idx: NDArray  # int32 [T*K], -1 where a slot makes no row
+
+
+def fp8_block_scale_routed_moe(
+    topk_ids: NDArray,
+    hidden_states: NDArray,
+    hidden_states_scale: NDArray | None,
+    gemm1_weights: NDArray,
+    gemm1_weights_scale: NDArray,
+    gemm2_weights: NDArray,
+    gemm2_weights_scale: NDArray,
+    *,
+    num_experts: int,
+    local_expert_offset: int = 0,
+    requantize: bool = True,
+) -> Result:
+    """The op on T tokens, K slots each, and L local experts.
+
+    topk_ids int32 [T, K] packed; hidden_states float8_e4m3fn [T, H] with hidden_states_scale float32 [H/128, T] (any
+    strides), or bfloat16 [T, H] without; gemm1_weights float8_e4m3fn [L, 2I, H], up rows then gate rows, scaled by
+    float32 [L, 2I/128, H/128]; gemm2_weights float8_e4m3fn [L, H, I], scaled by float32 [L, H/128, I/128].
+
+    requantize=True rounds where the op rounds (activations and bfloat16 hidden_states to 1x128 float8, gemm2_output and
+    output to bfloat16); False rounds nowhere and returns float32.
+    """
+    ids, weights = unpack_topk_ids(topk_ids)
+    experts = local_expert(ids, num_experts, local_expert_offset, len(gemm1_weights)).reshape(-1)
+    expanded_to_permuted, permuted_to_expanded = permutation(experts)
+    top_k, hidden = topk_ids.shape[1], hidden_states.shape[1]
+
+    rows_dtype = ml_dtypes.bfloat16 if requantize else np.float32
+    gemm2_output = np.zeros((experts.size, hidden), rows_dtype)
+    with np.errstate(all="ignore"):  # NaN and Inf are inputs like others
+        x, x_scale = _operand(hidden_states, hidden_states_scale, requantize)
+        for expert in np.unique(experts[experts >= 0]):
+            rows = np.flatnonzero(experts[permuted_to_expanded] == expert)
+            token = permuted_to_expanded[rows] // top_k
+            g = block_scaled_matmul(x[token], x_scale[token], gemm1_weights[expert], gemm1_weights_scale[expert])
+            a, a_scale = swiglu(g), None
+            if requantize:
+                a, a_scale = quantize_1x128(a)
+            y = block_scaled_matmul(a, a_scale, gemm2_weights[expert], gemm2_weights_scale[expert])
+            gemm2_output[rows] = y.astype(rows_dtype)
+        output = weighted_sum(gemm2_output, expanded_to_permuted, weights).astype(rows_dtype)
+    return Result(output, gemm2_output, weights, expanded_to_permuted)
+
+
+def unpack_topk_ids(packed: NDArray) -> tuple[NDArray, NDArray]:
+    """int32 [T, K] -> (expert ids int32, routing weights bfloat16), from the signed high and the low 16 bits."""
+    return packed >> 16, (packed & 0xFFFF).astype(np.uint16).view(ml_dtypes.bfloat16)
+
+
+def local_expert(ids: NDArray, num_experts: int, local_expert_offset: int, local_num_experts: int) -> NDArray:
+    """Index into the local weights, -1 for an id that is no expert or not one of the local window's."""
+    local = ids.astype(np.int64) - local_expert_offset
+    inside = (ids >= 0) & (ids < num_experts) & (local >= 0) & (local < local_num_experts)
+    return np.where(inside, local, -1)
+
+
+def permutation(experts: NDArray) -> tuple[NDArray, NDArray]:
+    """The maps between expanded and permuted rows: sorted by local expert, in an expert by expanded index.
+
+    `experts` [T*K] holds the local expert of each slot or -1. Returns expanded_to_permuted int32 [T*K] (-1: no row) and
+    permuted_to_expanded [number of rows].
+    """
+    permuted_to_expanded = np.argsort(experts, kind="stable")[np.count_nonzero(experts < 0) :]
+    expanded_to_permuted = np.full(experts.size, -1, np.int32)
+    expanded_to_permuted[permuted_to_expanded] = np.arange(permuted_to_expanded.size, dtype=np.int32)
+    return expanded_to_permuted, permuted_to_expanded
+
+
+def quantize_1x128(x: NDArray) -> tuple[NDArray, NDArray]:
+    """float [R, C] -> (float8_e4m3fn [R, C], float32 scale [R, C/128]), each scale the block's largest |x| / 448."""
+    blocks = x.astype(np.float32).reshape(len(x), x.shape[1] // BLOCK, BLOCK)
+    with np.errstate(all="ignore"):
+        scale = np.maximum(np.abs(blocks).max(axis=2) / E4M3_MAX, MIN_SCALE)
+        q = np.clip(blocks / scale[:, :, None], -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return q.reshape(x.shape), scale
+
+
+def block_scaled_matmul(a: NDArray, a_scale: NDArray | None, b: NDArray, b_scale: NDArray) -> NDArray:
+    """float32 [R, N] = [R, K] [N, K]^T. a is scaled by [R, K/128] (1x128) or not at all, b by [N/128, K/128] (128x128):
+    the partial sum of every 128 of K is scaled, then added.
+    """
+    total = np.zeros((len(a), len(b)), np.float32)
+    for block in range(b.shape[1] // BLOCK):
+        k = slice(block * BLOCK, (block + 1) * BLOCK)
+        scale = np.repeat(b_scale[:, block], BLOCK)[None]
+        if a_scale is not None:
+            scale = a_scale[:, block : block + 1] * scale
+        total += (_float32(a[:, k]) @ _float32(b[:, k]).T) * scale
+    return total
+
+
+def swiglu(g: NDArray) -> NDArray:
+    """[R, 2I], up half then gate half -> [R, I]: up * gate * sigmoid(gate)."""
+    up, gate = np.split(g, 2, axis=1)
+    return up * (gate / (1 + np.exp(-gate)))
+
+
+def weighted_sum(gemm2_output: NDArray, expanded_to_permuted: NDArray, weights: NDArray) -> NDArray:
+    """float32 [T, H]: the token's rows times its weights, added in slot order. Slots without a row add nothing."""
+    tokens, top_k = weights.shape
+    row = expanded_to_permuted.reshape(tokens, top_k)
+    total = np.zeros((tokens, gemm2_output.shape[1]), np.float32)
+    for slot in range(top_k):
+        has_row = row[:, slot] >= 0
+        y = gemm2_output[row[has_row, slot]].astype(np.float32)
+        total[has_row] += weights[has_row, slot].astype(np.float32)[:, None] * y
+    return total
+
+
+def _operand(x: NDArray, scale: NDArray | None, requantize: bool) -> tuple[NDArray, NDArray]:
+    """hidden_states as a left operand of block_scaled_matmul."""
+    if scale is not None:
+        return x, scale.T
+    if requantize:
+        return quantize_1x128(x)
+    return x, np.ones((len(x), x.shape[1] // BLOCK), np.float32)
+
+
+def _float32(x: NDArray) -> NDArray:
+    if x.dtype == ml_dtypes.float8_e4m3fn:
+        return E4M3_VALUES[x.view(np.uint8)]
+    return x.astype(np.float32)

@@ -1,0 +1,88 @@
+"""What a case may put into its inputs that is not ordinary: NaN and Inf at one place, zeros, very large and very small.
+
+Each function changes the arrays of a case; each array that it touches is copied first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray | None]
+NAN_CODE = 0x7F  # of float8_e4m3fn
+
+
+def _set(name: str, place: tuple, value: float) -> Callable[[Arrays], None]:
+    def change(arrays: Arrays) -> None:
+        array = _copy(arrays, name)
+        array[place] = value
+
+    return change
+
+
+def _set_code(name: str, place: tuple) -> Callable[[Arrays], None]:
+    def change(arrays: Arrays) -> None:
+        _copy(arrays, name).view(np.uint8)[place] = NAN_CODE
+
+    return change
+
+
+def _scale(**factors: float) -> Callable[[Arrays], None]:
+    def change(arrays: Arrays) -> None:
+        for name, factor in factors.items():
+            _copy(arrays, name)[...] *= np.float32(factor)
+
+    return change
+
+
+def _set_x(value: float) -> Callable[[Arrays], None]:
+    """One element of hidden_states."""
+
+    def change(arrays: Arrays) -> None:
+        _copy(arrays, "hidden_states")[2, 140] = value
+
+    return change
+
+
+def _nan_weight(arrays: Arrays) -> None:
+    """The routing weight of one slot is NaN."""
+    bits = np.array(np.nan, ml_dtypes.bfloat16).view(np.uint16)
+    packed = _copy(arrays, "topk_ids")
+    packed[3, 0] = (packed[3, 0] & ~0xFFFF) | int(bits)
+
+
+def _zero_x(arrays: Arrays) -> None:
+    """Two tokens of zeros: their activations have no largest value to scale by."""
+    _copy(arrays, "hidden_states")[[1, 4]] = 0
+
+
+def _copy(arrays: Arrays, name: str) -> NDArray:
+    array = arrays[name]
+    assert array is not None, f"{name} is absent in this case"
+    copied = np.copy(array, order="K")
+    arrays[name] = copied
+    return copied
+
+
+# "tiny" brings activations to 1e-37, where their scale is the smallest normal float32; the second GEMM's scale makes up
+# for it. "large" and "small" stay inside bfloat16 at the end.
+EXTREMES: dict[str, Callable[[Arrays], None]] = {
+    "nan_x_scale": _set("hidden_states_scale", (1, 3), np.nan),
+    "inf_x_scale": _set("hidden_states_scale", (0, 5), np.inf),
+    "nan_gemm1_scale": _set("gemm1_weights_scale", (2, 1, 0), np.nan),
+    "inf_gemm1_scale": _set("gemm1_weights_scale", (2, 3, 1), np.inf),
+    "nan_gemm2_scale": _set("gemm2_weights_scale", (4, 1, 0), np.nan),
+    "inf_gemm2_scale": _set("gemm2_weights_scale", (4, 0, 1), np.inf),
+    "nan_x": _set_x(np.nan),
+    "inf_x": _set_x(np.inf),
+    "nan_gemm1_code": _set_code("gemm1_weights", (1, 17, 130)),
+    "nan_gemm2_code": _set_code("gemm2_weights", (1, 200, 5)),
+    "nan_routing_weight": _nan_weight,
+    "zero_x": _zero_x,
+    "tiny": _scale(hidden_states_scale=2.0**-62, gemm2_weights_scale=2.0**30),
+    "large": _scale(hidden_states_scale=2.0**20, gemm1_weights_scale=2.0**12, gemm2_weights_scale=2.0**30),
+    "small": _scale(hidden_states_scale=2.0**-10, gemm1_weights_scale=2.0**-10, gemm2_weights_scale=2.0**-40),
+}

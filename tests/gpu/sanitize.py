@@ -1,0 +1,46 @@
+"""Runs a few cases once, for compute-sanitizer (memcheck, racecheck, synccheck, initcheck).
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py [case ...]
+
+Every buffer is an allocation of its own, of just its size, and outputs and workspace are left as allocated. Exits with
+1 when a result is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read by torch when it first allocates
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from call import Call
+from cases import CASES
+from memory import Cuda
+from results import assert_matches
+
+DEFAULT = (
+    "t1 t7 t129 k32 h384_i896 bf16_t53 routing_mixed_window routing_none_local window_1_2 unfinalized_window "
+    "scale_padded_t7 e300"
+).split()
+
+
+def main(names: list[str]) -> int:
+    failed = 0
+    for name in names or DEFAULT:
+        case = CASES[name]
+        call = Call(case, memory=Cuda(), watched=False)
+        try:
+            call.launch()
+            assert_matches(case, call.given, call.results())
+        except AssertionError as error:
+            failed += 1
+            print(f"{name}: {error}")
+        else:
+            print(f"{name}: ok")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
