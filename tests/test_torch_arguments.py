@@ -1,0 +1,298 @@
+"""The torch facade's signature, and the words of everything that it refuses."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import cases
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch facade needs torch")
+
+import torch_calls  # noqa: E402
+
+import torch_facade  # noqa: E402
+from jax_moe import native  # noqa: E402
+
+NAME = "trtllm_fp8_block_scale_routed_moe"
+CASE = cases.Case("arguments", tokens=5, hidden=256, inter=128, experts=8, top_k=2, window=(2, 4))
+EMPTY = inspect.Parameter.empty
+DEFAULTS = {
+    **dict.fromkeys(torch_calls.POSITIONAL, EMPTY),
+    "routing_method_type": 0,
+    "use_shuffled_weight": False,
+    "weight_layout": 0,
+    "do_finalize": True,
+    "enable_pdl": None,
+    "gemm1_lora_delta": None,
+    "output": None,
+    "tune_max_num_tokens": 8192,
+    "fp8_quantization_type": torch_facade.Fp8QuantizationType.DeepSeekFp8,
+    "activation_type": 3,
+    "gemm1_alpha": None,
+    "gemm1_beta": None,
+    "gemm1_clamp_limit": None,
+}
+
+
+def refused(error: type[Exception], words: str, **changes: Any) -> None:
+    with pytest.raises(error, match=re.escape(f"{NAME}: {words}")) as raised:
+        torch_calls.call(CASE, **changes)
+    assert raised.type is error
+
+
+def test_signature_is_the_documented_one() -> None:
+    parameters = inspect.signature(torch_facade.trtllm_fp8_block_scale_routed_moe).parameters
+    assert [(name, parameter.default) for name, parameter in parameters.items()] == list(DEFAULTS.items())
+    assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def test_every_argument_is_described() -> None:
+    text = inspect.getdoc(torch_facade.trtllm_fp8_block_scale_routed_moe) or ""
+    assert [name for name in DEFAULTS if f"\n    {name}: " not in text] == []
+
+
+def test_enum_values_are_the_documented_ones() -> None:
+    assert {member.name: member.value for member in torch_facade.Fp8QuantizationType} == {
+        "NoneFp8": 0,
+        "DeepSeekFp8": 1,
+        "MxFp8": 2,
+    }
+    assert {member.name: member.value for member in torch_facade.WeightLayout} == {
+        "MajorK": 0,
+        "MajorMn": 1,
+        "BlockMajorK": 2,
+    }
+    assert torch_facade.ActivationType.Swiglu == 3 and torch_facade.RoutingMethodType.DeepSeekV3 == 2
+
+
+def dtype_cases() -> list[tuple[str, Any, str]]:
+    given = torch_calls.arguments(CASE)
+    return [
+        (name, given[name].view(torch.int8) if given[name].itemsize == 1 else given[name].double(), words)
+        for name, words in {
+            "topk_ids": "int32 [num_tokens, top_k], got float64[5,2]",
+            "hidden_states": "float8_e4m3fn or bfloat16 [num_tokens, hidden_size], got int8[5,256]",
+            "hidden_states_scale": "float32[2,5], got float64[2,5]",
+            "gemm1_weights": "float8_e4m3fn [experts, 2 * intermediate_size, hidden_size], got int8[4,256,256]",
+            "gemm1_weights_scale": "float32[4,2,2], got float64[4,2,2]",
+            "gemm2_weights": "float8_e4m3fn [experts, hidden_size, intermediate_size], got int8[4,256,128]",
+            "gemm2_weights_scale": "float32[4,2,1], got float64[4,2,1]",
+        }.items()
+    ]
+
+
+@pytest.mark.parametrize("name, value, words", dtype_cases())
+def test_dtypes_are_checked(name: str, value: Any, words: str) -> None:
+    refused(ValueError, f"{name} must be {words}", **{name: value})
+
+
+@pytest.mark.parametrize("name", torch_calls.TENSORS)
+def test_shapes_are_checked(name: str) -> None:
+    value = torch_calls.arguments(CASE)[name]
+    grown = torch.cat([value.view(torch.uint8)] * 2, dim=-1).view(value.dtype)
+    assert grown.shape[-1] == 2 * value.shape[-1]
+    with pytest.raises(ValueError, match=f"^{NAME}: "):
+        torch_calls.call(CASE, **{name: grown})
+    with pytest.raises(ValueError, match=f"^{NAME}: {name} must be "):
+        torch_calls.call(CASE, **{name: value[0]})
+
+
+@pytest.mark.parametrize("name", [name for name in torch_calls.TENSORS if name != "hidden_states_scale"])
+def test_only_the_scale_may_be_strided(name: str) -> None:
+    value = torch_calls.arguments(CASE)[name]
+    spread = torch.empty_strided(value.shape, [2 * stride for stride in value.stride()], dtype=value.dtype)
+    shape, strides = list(value.shape), list(spread.stride())
+    words = f"{name} must be contiguous, got shape {shape} with strides {strides}; call .contiguous()"
+    refused(ValueError, words, **{name: spread})
+
+
+@pytest.mark.parametrize("name", [*torch_calls.TENSORS, "routing_bias", "output"])
+def test_tensors_must_be_on_one_device(name: str) -> None:
+    value = torch_calls.arguments(CASE).get(name)
+    shapes = {"routing_bias": (CASE.experts,), "output": (CASE.tokens, CASE.hidden)}
+    elsewhere = torch.empty(shapes[name], dtype=torch.bfloat16) if value is None else value
+    if name == "hidden_states":
+        words = "topk_ids must be on meta like hidden_states, got cpu"
+    else:
+        words = f"{name} must be on cpu like hidden_states, got meta"
+    refused(ValueError, words, **{name: elsewhere.to("meta")})
+
+
+def test_two_gpus_are_two_devices() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given = torch_calls.arguments(CASE)
+    with FakeTensorMode() as mode:
+        fakes = {k: mode.from_tensor(v).to("cuda:0") if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        weights = torch.empty(given["gemm1_weights"].shape, dtype=torch.float8_e4m3fn, device="cuda:1")
+        with pytest.raises(ValueError, match="gemm1_weights must be on cuda:0 like hidden_states, got cuda:1"):
+            torch_calls.function(**fakes | {"gemm1_weights": weights})
+
+
+def test_other_devices_are_refused() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given = torch_calls.arguments(CASE)
+    with FakeTensorMode():
+        x = torch.empty(given["hidden_states"].shape, dtype=torch.float8_e4m3fn, device="xpu:0")
+        with pytest.raises(NotImplementedError, match="hidden_states must be on a cpu or cuda device, got xpu:0"):
+            torch_calls.function(**given | {"hidden_states": x})
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"top_k": 3}, "top_k must be 2, the size that the arrays have, got 3"),
+        ({"intermediate_size": 256}, "intermediate_size must be 128, the size that the arrays have, got 256"),
+        ({"local_num_experts": 8}, "local_num_experts must be 4, the size that the arrays have, got 8"),
+        ({"num_experts": 0}, "num_experts must be an integer in [1, 32767], got 0"),
+        ({"num_experts": 32768}, "num_experts must be an integer in [1, 32767], got 32768"),
+        ({"num_experts": 5}, "local_expert_offset must be an integer in [0, num_experts - local_num_experts] = [0, 1]"),
+        ({"local_expert_offset": 5}, "local_expert_offset must be an integer in"),
+        ({"local_expert_offset": -1}, "local_expert_offset must be an integer in"),
+        ({"num_experts": 8.0}, "num_experts must be an integer, got 8.0"),
+        ({"top_k": True}, "top_k must be an integer, got True"),
+        ({"local_expert_offset": None}, "local_expert_offset must be an integer, got None"),
+        ({"top_k": [2]}, "top_k must be an integer, got [2]"),
+        ({"n_group": "2"}, "n_group must be an integer, got '2'"),
+        ({"n_group": 2}, "n_group must be None, 0 or 1 with Default, got 2"),
+        ({"topk_group": 2}, "topk_group must be None, 0 or 1 with Default, got 2"),
+        ({"routing_method_type": 2, "n_group": 3}, "n_group must be a positive divisor of num_experts (8), got 3"),
+        (
+            {"routing_method_type": 2, "n_group": 2, "topk_group": 3},
+            "topk_group must be in [1, n_group] = [1, 2], got 3",
+        ),
+        ({"routing_method_type": 10}, "routing_method_type must be one of RoutingMethodType (Default=0"),
+        ({"routing_method_type": "DeepSeekV3"}, "routing_method_type must be an integer, got 'DeepSeekV3'"),
+        ({"weight_layout": 1}, "weight_layout must be MajorK (0) or BlockMajorK (2), got MajorMn (1)"),
+        ({"fp8_quantization_type": 0}, "fp8_quantization_type must be DeepSeekFp8 (1) or MxFp8 (2), got NoneFp8 (0)"),
+        ({"activation_type": 9}, "activation_type must be one of ActivationType (Swiglu=3"),
+        ({"activation_type": True}, "activation_type must be an integer, got True"),
+        (
+            {"activation_type": torch_calls.OtherActivation.Silu},
+            "activation_type must be one of ActivationType (Swiglu",
+        ),
+        ({"do_finalize": 2}, "do_finalize must be True or False, got 2"),
+        ({"do_finalize": None}, "do_finalize must be True or False, got None"),
+        ({"use_shuffled_weight": "no"}, "use_shuffled_weight must be True or False, got 'no'"),
+        ({"routed_scaling_factor": "2.5"}, "routed_scaling_factor must be None or a number, got '2.5'"),
+        ({"enable_pdl": 1}, "enable_pdl must be None, True or False, got 1"),
+        ({"tune_max_num_tokens": 0}, "tune_max_num_tokens must be a positive integer, got 0"),
+        ({"tune_max_num_tokens": 1.5}, "tune_max_num_tokens must be an integer, got 1.5"),
+        ({"gemm1_weights": None}, "gemm1_weights must be a torch.Tensor, got NoneType"),
+        ({"hidden_states": [1.0]}, "hidden_states must be a torch.Tensor, got list"),
+        ({"output": "yes"}, "output must be a torch.Tensor, got str"),
+        ({"hidden_states_scale": None}, "hidden_states_scale must be float32[2,5] (or pass hidden_states in bfloat16)"),
+    ],
+)
+def test_wrong_values_are_value_errors(changes: dict[str, Any], words: str) -> None:
+    refused(ValueError, words, **changes)
+
+
+def test_equal_values_of_other_types_are_told_apart() -> None:
+    """What was right before is remembered, by value and type."""
+    torch_calls.call(CASE, num_experts=8, local_expert_offset=0)
+    refused(ValueError, "num_experts must be an integer, got 8.0", num_experts=8.0, local_expert_offset=0)
+    refused(ValueError, "local_expert_offset must be an integer, got False", num_experts=8, local_expert_offset=False)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"topk_ids": (None, None)}, "topk_ids must be one int32 tensor of packed ids, (expert id << 16) |"),
+        ({"use_shuffled_weight": True}, "use_shuffled_weight must be False"),
+        ({"weight_layout": 2}, "weight_layout must be MajorK (0)"),
+        ({"fp8_quantization_type": 2}, "fp8_quantization_type must be DeepSeekFp8 (1)"),
+        (
+            {"fp8_quantization_type": torch_calls.OtherQuantization.MxFp8},
+            "fp8_quantization_type must be DeepSeekFp8 (1)",
+        ),
+        (
+            {"activation_type": 4},
+            "activation_type must be Swiglu (3), the one that this version supports, got Geglu (4)",
+        ),
+        ({"activation_type": torch_calls.OtherActivation.Identity}, "activation_type must be Swiglu (3)"),
+        (
+            {"gemm1_lora_delta": torch.zeros(1)},
+            "gemm1_lora_delta must be None, the only value that this version supports",
+        ),
+        ({"gemm1_alpha": torch.zeros(4)}, "gemm1_alpha must be None, the only value that this version supports"),
+        ({"gemm1_beta": torch.zeros(4)}, "gemm1_beta must be None, the only value that this version supports"),
+        ({"gemm1_clamp_limit": 7.0}, "gemm1_clamp_limit must be None, the only value that this version supports"),
+    ],
+)
+def test_what_this_version_lacks_is_not_implemented(changes: dict[str, Any], words: str) -> None:
+    refused(NotImplementedError, words, **changes)
+
+
+def test_sizes_that_need_padding_say_to_what() -> None:
+    x = torch.zeros(5, 200, dtype=torch.bfloat16)
+    refused(
+        ValueError,
+        "hidden_states must be of a hidden_size that is a multiple of 128; pad hidden_size 200 to 256, got",
+        hidden_states=x,
+        hidden_states_scale=None,
+    )
+
+
+def test_a_scale_beside_bfloat16_is_refused() -> None:
+    x = torch.zeros(5, 256, dtype=torch.bfloat16)
+    refused(ValueError, "hidden_states_scale must be None with bfloat16 hidden_states", hidden_states=x)
+
+
+def test_routing_bias_is_checked() -> None:
+    words = "routing_bias must be None, bfloat16 or float32 [num_experts] = [8], got "
+    refused(ValueError, words + "float32[7]", routing_bias=torch.zeros(7))
+    refused(ValueError, words + "float64[8]", routing_bias=torch.zeros(8, dtype=torch.float64))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch_calls.call(CASE, routing_bias=torch.zeros(8, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "output, words",
+    [
+        (torch.zeros(5, 256), "output must be bfloat16[5,256], got float32[5,256]"),
+        (torch.zeros(5, 128, dtype=torch.bfloat16), "output must be bfloat16[5,256], got bfloat16[5,128]"),
+        (
+            torch.zeros(256, 5, dtype=torch.bfloat16).t(),
+            "output must be contiguous, got shape [5, 256] with strides [1, 5]; call .contiguous()",
+        ),
+    ],
+)
+def test_output_is_checked(output: torch.Tensor, words: str) -> None:
+    refused(ValueError, words, output=output)
+    assert not output.any()
+
+
+def test_output_is_for_finalized_results() -> None:
+    output = torch.zeros(5, 256, dtype=torch.bfloat16)
+    refused(ValueError, "output must be None with do_finalize=False, got a tensor", output=output, do_finalize=False)
+
+
+@pytest.mark.parametrize("name", ["hidden_states_scale", "gemm1_weights", "gemm2_weights_scale", "output"])
+def test_no_gradients_in_silence(name: str) -> None:
+    given = torch_calls.arguments(CASE, output=torch.zeros(5, 256, dtype=torch.bfloat16))
+    given[name] = given[name].detach().requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"{NAME}: {name} must not require grad.*inference only.*no_grad"):
+        torch_calls.function(**given)
+    with torch.no_grad():
+        assert not given["output"].any()
+        torch_calls.function(**given)
+
+
+@pytest.mark.parametrize("error", [ValueError, NotImplementedError, RuntimeError])
+@pytest.mark.parametrize("changes", [{}, {"do_finalize": False}, {"output": torch.zeros(5, 256, dtype=torch.bfloat16)}])
+def test_errors_of_the_library_arrive_untouched(error: type, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What C++ says of a device or a build is what the caller reads, with its type."""
+    raised = error("this build has no CUDA kernels; move the tensors to the CPU")
+
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(native, "forward", fail)
+    with pytest.raises(error) as caught:
+        torch_calls.call(CASE, **changes)
+    assert caught.value is raised

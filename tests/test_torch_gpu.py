@@ -1,0 +1,127 @@
+"""The torch facade on an sm_90 GPU: streams, CUDA graphs, compiled graphs, and the same results as on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import cases
+import compare
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch facade needs torch")
+
+import torch_calls  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+CASE = cases.Case("gpu", tokens=53, hidden=512, inter=256, experts=16, top_k=4, window=(3, 9))
+
+
+@pytest.fixture
+def device(gpu: int) -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip(f"this torch ({torch.__version__}) has no CUDA")
+    return torch.device("cuda", gpu)
+
+
+def on(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with their tensors moved; dense ones keep their strides."""
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8).cpu()
+
+
+@pytest.mark.parametrize("name", ["t0", "t1", "t129", "bf16_t53", "scale_token_major_t129", "routing_mixed_window"])
+def test_results_are_the_references(name: str, device: torch.device) -> None:
+    case = cases.CASES[name]
+    result = torch_calls.function(**on(device, torch_calls.arguments(case)))
+    assert result.device == device
+    expected = cases.expected(case, cases.arrays(case))
+    compare.assert_close(torch_calls.array(result.cpu()), expected.output, "output")
+
+
+def test_unfinalized_maps_are_those_of_the_cpu(device: torch.device) -> None:
+    arguments = torch_calls.arguments(dataclasses.replace(CASE, do_finalize=False))
+    y, weights, rows = torch_calls.function(**on(device, arguments))
+    y_cpu, weights_cpu, rows_cpu = torch_calls.function(**arguments)
+    assert torch.equal(rows.cpu(), rows_cpu) and torch.equal(bits(weights), bits(weights_cpu))
+    named = rows_cpu[rows_cpu >= 0].long()
+    compare.assert_close(torch_calls.array(y.cpu()[named]), torch_calls.array(y_cpu[named]), "gemm2_output")
+
+
+def test_a_call_runs_on_the_current_stream(device: torch.device) -> None:
+    """Inputs are written on a side stream just before the call: another stream would read the old ones."""
+    arguments = on(device, torch_calls.arguments(CASE))
+    expected = torch_calls.function(**arguments)
+    zeros = torch.zeros_like(arguments["hidden_states"].view(torch.uint8))
+    x = zeros.clone().view(torch.float8_e4m3fn)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        x.view(torch.uint8).copy_(arguments["hidden_states"].view(torch.uint8))
+        result = torch_calls.function(**arguments | {"hidden_states": x})
+    stream.synchronize()
+    assert torch.equal(bits(result), bits(expected))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_cuda_graph_replays_with_changed_inputs(in_place: bool, device: torch.device) -> None:
+    arguments = on(device, torch_calls.arguments(CASE))
+    other = on(device, torch_calls.arguments(dataclasses.replace(CASE, seed=1)))
+    expected = [torch_calls.function(**given) for given in (arguments, arguments | changed(other))]
+    assert not torch.equal(*map(bits, expected))
+    if in_place:
+        arguments["output"] = torch.empty_like(expected[0])
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = torch_calls.function(**arguments)
+    graph.replay()
+    assert torch.equal(bits(result), bits(expected[0]))
+    for name, value in changed(other).items():
+        arguments[name].view(torch.uint8).copy_(value.view(torch.uint8))
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(bits(result), bits(expected[1]))
+
+
+def changed(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: arguments[name] for name in ("topk_ids", "hidden_states", "hidden_states_scale")}
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_equals_eager(mode: str, device: torch.device) -> None:
+    arguments = on(device, torch_calls.arguments(dataclasses.replace(CASE, x_dtype="bfloat16")))
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    options = {name: value for name, value in arguments.items() if name not in tensors}
+
+    def layer(**given: torch.Tensor) -> torch.Tensor:
+        return torch_calls.function(**given, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    expected = layer(**tensors)
+    for _ in range(4):  # the third call of reduce-overhead replays a graph
+        torch.compiler.cudagraph_mark_step_begin()
+        assert torch.equal(bits(compiled(**tensors)), bits(expected))
+
+
+def test_a_call_leaves_only_its_result_allocated(device: torch.device) -> None:
+    arguments = on(device, torch_calls.arguments(CASE))
+    torch_calls.function(**arguments)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    result = torch_calls.function(**arguments)
+    torch.cuda.synchronize(device)
+    assert 0 < torch.cuda.memory_allocated(device) - before <= result.nbytes + 512
+
+
+def test_mixed_devices_are_refused(device: torch.device) -> None:
+    arguments = on(device, torch_calls.arguments(CASE))
+    words = f"gemm1_weights must be on {device} like hidden_states, got cpu"
+    with pytest.raises(ValueError, match=words):
+        torch_calls.function(**arguments | {"gemm1_weights": arguments["gemm1_weights"].cpu()})

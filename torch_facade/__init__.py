@@ -1,0 +1,16 @@
+"""FP8 block-scaled mixture-of-experts inference for torch, under the signature that serving frameworks call.
+
+Importing this package imports torch, never jax.
+"""
+
+from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
+
+from .moe import trtllm_fp8_block_scale_routed_moe
+
+__all__ = [
+    "ActivationType",
+    "Fp8QuantizationType",
+    "RoutingMethodType",
+    "WeightLayout",
+    "trtllm_fp8_block_scale_routed_moe",
+]

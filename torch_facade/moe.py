@@ -1,0 +1,263 @@
+"""The function that serving frameworks call, with the names, order and defaults of its documented signature.
+
+Here are only the checks that need the caller's Python objects (kinds of arguments, what this version refuses); shapes,
+dtypes, devices and options are checked inside the ops (plan.py), where torch.compile runs them too.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from typing import Any
+
+import torch
+
+from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
+
+from . import ops
+from .plan import FUNCTION, HIDDEN_STATES, TENSORS
+
+
+def trtllm_fp8_block_scale_routed_moe(
+    topk_ids: torch.Tensor,
+    routing_bias: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor | None,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    num_experts: int,
+    top_k: int,
+    n_group: int | None,
+    topk_group: int | None,
+    intermediate_size: int,
+    local_expert_offset: int,
+    local_num_experts: int,
+    routed_scaling_factor: float | None,
+    routing_method_type: int = 0,
+    use_shuffled_weight: bool = False,
+    weight_layout: int = 0,
+    do_finalize: bool = True,
+    enable_pdl: bool | None = None,
+    gemm1_lora_delta: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
+    tune_max_num_tokens: int = 8192,
+    fp8_quantization_type: Fp8QuantizationType = Fp8QuantizationType.DeepSeekFp8,
+    activation_type: int = 3,
+    gemm1_alpha: torch.Tensor | None = None,
+    gemm1_beta: torch.Tensor | None = None,
+    gemm1_clamp_limit: torch.Tensor | None = None,
+) -> torch.Tensor | list[torch.Tensor]:
+    """A mixture-of-experts layer in FP8 with block scales, on tokens that are routed already.
+
+    With T tokens, K = top_k, E = num_experts, L = local_num_experts, H = hidden size and I = intermediate_size:
+    out[t] = sum over k of w[t,k] * (swiglu(x[t] W1[e]^T) W2[e]^T), e = id[t,k] - local_expert_offset, where slots whose
+    id is outside [local_expert_offset, local_expert_offset + L) contribute nothing. GEMMs accumulate in float32; the
+    activation is requantised to FP8 per row and 128 columns; the sum is rounded to bfloat16 once. Results are the same
+    bit for bit from run to run. Every value of topk_ids is safe. All tensors live on one device, cpu or cuda (Hopper).
+
+    Args:
+        topk_ids: int32 [T, K], packed: the upper 16 bits are the expert id (signed, -1 is padding), the lower 16 bits
+            are those of the bfloat16 weight.
+        routing_bias: None, or bfloat16 or float32 [E]; checked, then unused, since the tokens are routed already.
+        hidden_states: float8_e4m3fn [T, H] with its scale; or bfloat16 [T, H], quantised per 1x128 inside the call.
+        hidden_states_scale: float32 [H/128, T], any strides (`scale.t()` of a [T, H/128] is read in place, not copied);
+            None with bfloat16 hidden_states. The value of an element is its FP8 number times its scale.
+        gemm1_weights: float8_e4m3fn [L, 2I, H]. Rows 0..I-1 are the linear ("up") half, rows I..2I-1 the gate half, the
+            one that silu is applied to. Swapping the two halves is the classic mistake: nothing can detect it.
+        gemm1_weights_scale: float32 [L, 2I/128, H/128].
+        gemm2_weights: float8_e4m3fn [L, H, I].
+        gemm2_weights_scale: float32 [L, H/128, I/128].
+        num_experts: E, of the whole model, at most 32767.
+        top_k: K, at most min(E, 32).
+        n_group: number of expert groups, a divisor of E, with routing_method_type DeepSeekV3; else None, 0 or 1.
+            Checked, then unused.
+        topk_group: number of chosen groups, in [1, n_group], likewise.
+        intermediate_size: I, a multiple of 128 (as H must be).
+        local_expert_offset: id of the first expert whose weights are given, in [0, E - L].
+        local_num_experts: L.
+        routed_scaling_factor: None or a number, unused: the weights in topk_ids are taken as they are.
+        routing_method_type: RoutingMethodType, unused but for the check of n_group and topk_group.
+        use_shuffled_weight: False; True is not implemented.
+        weight_layout: WeightLayout.MajorK; BlockMajorK is not implemented.
+        do_finalize: True returns the tensor out; False stops before the weighted sum.
+        enable_pdl: None, True or False; a hint, which changes no result.
+        gemm1_lora_delta: None; not implemented.
+        output: None, or bfloat16 [T, H], contiguous, on the same device: written in place and returned.
+        tune_max_num_tokens: a positive integer, unused: there is no autotuner.
+        fp8_quantization_type: Fp8QuantizationType.DeepSeekFp8; MxFp8 is not implemented.
+        activation_type: ActivationType.Swiglu; the others are not implemented.
+        gemm1_alpha: None; not implemented.
+        gemm1_beta: None; not implemented.
+        gemm1_clamp_limit: None; not implemented.
+
+    Enum arguments may be members, their integers, or members of the same name of another library's enum.
+
+    Returns:
+        do_finalize=True: bfloat16 [T, H], the tensor itself.
+        do_finalize=False: a list [gemm2_output bfloat16 [T*K, H], expert_weights bfloat16 [T, K],
+        expanded_idx_to_permuted_idx int32 [T*K]]; slot t*K + k has its row of gemm2_output at that index, -1 where it
+        has none. Rows of gemm2_output that no index names are undefined.
+
+    Raises:
+        ValueError: an argument is not what is written above; the message names it, the expected and the given.
+        NotImplementedError: what this version, build or device does not have, and tensors that require grad while grad
+            mode is on: there is no backward.
+    """
+    tensors = (
+        topk_ids,
+        hidden_states,
+        hidden_states_scale,
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        routing_bias,
+    )
+    _check_tensors(*tensors, output)
+    for name, value in (
+        ("gemm1_lora_delta", gemm1_lora_delta),
+        ("gemm1_alpha", gemm1_alpha),
+        ("gemm1_beta", gemm1_beta),
+        ("gemm1_clamp_limit", gemm1_clamp_limit),
+    ):
+        if value is not None:
+            raise NotImplementedError(
+                f"{FUNCTION}: {name} must be None, the only value that this version supports, "
+                f"got a {type(value).__name__}"
+            )
+    options = _options(
+        num_experts,
+        top_k,
+        n_group,
+        topk_group,
+        intermediate_size,
+        local_expert_offset,
+        local_num_experts,
+        routed_scaling_factor,
+        routing_method_type,
+        use_shuffled_weight,
+        weight_layout,
+        enable_pdl,
+        tune_max_num_tokens,
+        fp8_quantization_type,
+        activation_type,
+    )
+    if not _flag("do_finalize", do_finalize):
+        if output is not None:
+            raise ValueError(f"{FUNCTION}: output must be None with do_finalize=False, got a tensor")
+        return list(ops.unfinalized(*tensors, options))
+    if output is None:
+        return ops.finalized(*tensors, options)
+    ops.finalized_out(*tensors, options, output)
+    return output
+
+
+NAMES = (*TENSORS, "output")
+OPTIONAL = ("hidden_states_scale", "routing_bias", "output")
+DEVICES = ("cpu", "cuda", "meta")  # meta tensors get meta results: shapes without a computation
+
+
+def _check_tensors(*tensors: Any) -> None:
+    """`tensors` are those of TENSORS and output."""
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, torch.Tensor):
+            _check_absent(NAMES[index], tensor)
+    if torch.is_grad_enabled():
+        for index, tensor in enumerate(tensors):
+            if tensor is not None and tensor.requires_grad:
+                raise NotImplementedError(
+                    f"{FUNCTION}: {NAMES[index]} must not require grad, got requires_grad=True: inference only, there "
+                    "is no backward; call under torch.no_grad() or torch.inference_mode(), or detach() it"
+                )
+    device = tensors[HIDDEN_STATES].device
+    if device.type not in DEVICES:
+        raise NotImplementedError(f"{FUNCTION}: hidden_states must be on a cpu or cuda device, got {device}")
+
+
+def _check_absent(name: str, value: object) -> None:
+    if value is None and name in OPTIONAL:
+        return
+    if isinstance(value, (tuple, list)) and name == "topk_ids":
+        raise NotImplementedError(
+            f"{FUNCTION}: topk_ids must be one int32 tensor of packed ids, (expert id << 16) | (bfloat16 bits of the "
+            f"weight & 0xFFFF), the form that this version supports, got a {type(value).__name__}"
+        )
+    raise ValueError(f"{FUNCTION}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _options(*values: Any) -> tuple[int, ...]:
+    """The integers of the op. Eager calls repeat the same values, so these are looked up."""
+    if torch.compiler.is_compiling():  # values may be symbolic there, and compiled code does not come back here
+        return _checked_options(*values)
+    try:
+        return _known_options(*values)
+    except TypeError:  # a value that cannot be hashed is none of the right ones; say which
+        return _checked_options(*values)
+
+
+def _checked_options(
+    num_experts: Any,
+    top_k: Any,
+    n_group: Any,
+    topk_group: Any,
+    intermediate_size: Any,
+    local_expert_offset: Any,
+    local_num_experts: Any,
+    routed_scaling_factor: Any,
+    routing_method_type: Any,
+    use_shuffled_weight: Any,
+    weight_layout: Any,
+    enable_pdl: Any,
+    tune_max_num_tokens: Any,
+    fp8_quantization_type: Any,
+    activation_type: Any,
+) -> tuple[int, ...]:
+    if not (routed_scaling_factor is None or isinstance(routed_scaling_factor, (int, float))):
+        raise _invalid("routed_scaling_factor", "None or a number", routed_scaling_factor)
+    if not (enable_pdl is None or isinstance(enable_pdl, bool)):
+        raise _invalid("enable_pdl", "None, True or False", enable_pdl)
+    if _integer("tune_max_num_tokens", tune_max_num_tokens) < 1:
+        raise _invalid("tune_max_num_tokens", "a positive integer", tune_max_num_tokens)
+    return (
+        _integer("num_experts", num_experts),
+        _integer("top_k", top_k),
+        0 if n_group is None else _integer("n_group", n_group),
+        0 if topk_group is None else _integer("topk_group", topk_group),
+        _integer("intermediate_size", intermediate_size),
+        _integer("local_expert_offset", local_expert_offset),
+        _integer("local_num_experts", local_num_experts),
+        _member("routing_method_type", RoutingMethodType, routing_method_type),
+        _flag("use_shuffled_weight", use_shuffled_weight),
+        _member("weight_layout", WeightLayout, weight_layout),
+        _member("fp8_quantization_type", Fp8QuantizationType, fp8_quantization_type),
+        _member("activation_type", ActivationType, activation_type),
+    )
+
+
+_known_options = functools.lru_cache(maxsize=1024, typed=True)(_checked_options)  # typed: True is no number of experts
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise _invalid(name, "an integer", value)
+    return int(value)
+
+
+def _flag(name: str, value: Any) -> int:
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise _invalid(name, "True or False", value)
+    return int(value)
+
+
+def _member(name: str, kind: type[enum.IntEnum], value: Any) -> int:
+    """Members become integers by name, since other libraries number them otherwise; the op checks the integers."""
+    if not isinstance(value, enum.Enum):
+        return _integer(name, value)
+    member = getattr(kind, value.name, None)  # what parse_enum does, in words that old torch.compile can trace
+    return member.value if isinstance(member, kind) else parse_enum(FUNCTION, name, kind, value).value
+
+
+def _invalid(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{FUNCTION}: {name} must be {expected}, got {got!r}")
