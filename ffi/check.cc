@@ -20,14 +20,18 @@ Status CheckBuffer(const char* name, const Buffer& buffer, int64_t bytes, int64_
 }
 
 Status CheckOptions(const Problem& p) {
-  if (p.fp8_quantization_type != int64_t(Fp8QuantizationType::kDeepSeekFp8))
+  const auto is = [](int64_t value, auto... members) { return ((value == int64_t(members)) || ...); };
+  if (!is(p.fp8_quantization_type, Fp8QuantizationType::kDeepSeekFp8))
     return Status::Unsupported("fp8_quantization_type must be DeepSeekFp8 in this build");
-  if (p.activation_type != int64_t(ActivationType::kSwiglu))
-    return Status::Unsupported("activation_type must be Swiglu in this build");
-  if (p.weight_layout != int64_t(WeightLayout::kMajorK) || p.use_shuffled_weight)
-    return Status::Unsupported("weight_layout must be MajorK, unshuffled, in this build");
-  if (p.hidden_states_dtype != int64_t(DataType::kFloat8E4M3) && !p.hidden_states_are_bf16())
+  if (!is(p.activation_type, ActivationType::kSwiglu, ActivationType::kGeglu, ActivationType::kRelu2,
+          ActivationType::kIdentity))
+    return Status::Invalid("activation_type must be Swiglu, Geglu, Relu2 or Identity");
+  if (!is(p.weight_layout, WeightLayout::kMajorK, WeightLayout::kBlockMajorK))
+    return Status::Invalid("weight_layout must be MajorK or BlockMajorK");
+  if (!is(p.hidden_states_dtype, DataType::kFloat8E4M3, DataType::kBFloat16))
     return Status::Invalid("hidden_states must be float8_e4m3fn or bfloat16");
+  if (!is(p.topk_weights_dtype, DataType::kNone, DataType::kBFloat16, DataType::kFloat32))
+    return Status::Invalid("topk_weights must be bfloat16 or float32");
   return {};
 }
 
@@ -40,7 +44,7 @@ Status CheckSizes(const Problem& p) {
   // Permuted rows, weight rows and column blocks are 32-bit in the kernels; byte offsets are 64-bit everywhere.
   const int64_t limit = (int64_t(1) << 31) - 1024;
   if (p.num_tokens > limit / p.top_k || p.hidden_size > limit / 2 || p.intermediate_size > limit / 2 ||
-      2 * p.intermediate_size > limit / p.local_num_experts || p.hidden_size > limit / p.local_num_experts)
+      p.gemm1_rows() > limit / p.local_num_experts || p.hidden_size > limit / p.local_num_experts)
     return Status::Invalid("num_tokens * top_k and the weight rows of all experts must be below 2^31");
   return {};
 }
@@ -50,7 +54,8 @@ Status CheckSizes(const Problem& p) {
 Status CheckBuffers(const Problem& p, const Buffers& b) {
   if (Status s = CheckOptions(p); !s.ok()) return s;
   if (Status s = CheckSizes(p); !s.ok()) return s;
-  const int64_t T = p.num_tokens, K = p.top_k, H = p.hidden_size, I = p.intermediate_size, L = p.local_num_experts;
+  const int64_t T = p.num_tokens, H = p.hidden_size, I = p.intermediate_size, L = p.local_num_experts;
+  const int64_t M = p.gemm1_rows(), rows = p.expanded_rows();
   const int64_t h_blocks = H / kScaleBlock, i_blocks = I / kScaleBlock;
   const int64_t x_bytes = p.hidden_states_are_bf16() ? 2 : 1;
   const int64_t scale_elements =
@@ -59,24 +64,35 @@ Status CheckBuffers(const Problem& p, const Buffers& b) {
           : (h_blocks - 1) * p.hidden_states_scale_block_stride + (T - 1) * p.hidden_states_scale_token_stride + 1;
   if (p.hidden_states_scale_block_stride < 0 || p.hidden_states_scale_token_stride < 0)
     return Status::Invalid("hidden_states_scale must have non-negative strides");
-  const bool finalize = p.do_finalize;
+  const int64_t weight_bytes = p.topk_weights_dtype == int64_t(DataType::kFloat32)    ? 4
+                               : p.topk_weights_dtype == int64_t(DataType::kBFloat16) ? 2
+                                                                                      : 0;
+  const bool finalize = p.do_finalize, lora = p.has_gemm1_lora_delta;
+  const auto per_expert = [&](const Buffer& b) { return b.data ? L * 4 : 0; };
   const struct {
     const char* name;
     const Buffer& buffer;
     int64_t bytes, alignment;
   } expected[] = {
-      {"topk_ids", b.topk_ids, T * K * 4, 4},
+      {"topk_ids", b.topk_ids, rows * 4, 4},
+      {"topk_weights", b.topk_weights, rows * weight_bytes, weight_bytes},
       {"hidden_states", b.hidden_states, T * H * x_bytes, kAlignment},
       {"hidden_states_scale", b.hidden_states_scale, scale_elements * 4, 4},
-      {"gemm1_weights", b.gemm1_weights, L * 2 * I * H, kAlignment},
-      {"gemm1_weights_scale", b.gemm1_weights_scale, L * 2 * i_blocks * h_blocks * 4, 4},
+      {"gemm1_weights", b.gemm1_weights, L * M * H, kAlignment},
+      {"gemm1_weights_scale", b.gemm1_weights_scale, L * (M / kScaleBlock) * h_blocks * 4, 4},
       {"gemm2_weights", b.gemm2_weights, L * H * I, kAlignment},
       {"gemm2_weights_scale", b.gemm2_weights_scale, L * h_blocks * i_blocks * 4, 4},
+      {"gemm1_lora_delta", b.gemm1_lora_delta, lora ? rows * M * 2 : 0, kAlignment},
+      {"gemm1_alpha", b.gemm1_alpha, per_expert(b.gemm1_alpha), 4},
+      {"gemm1_beta", b.gemm1_beta, per_expert(b.gemm1_beta), 4},
+      {"gemm1_clamp_limit", b.gemm1_clamp_limit, per_expert(b.gemm1_clamp_limit), 4},
       {"local_expert_offset", b.local_expert_offset, b.local_expert_offset.data ? 4 : 0, 4},
       {"output", b.output, finalize ? T * H * 2 : 0, kAlignment},
-      {"gemm2_output", b.gemm2_output, finalize ? 0 : T * K * H * 2, kAlignment},
-      {"expert_weights", b.expert_weights, finalize ? 0 : T * K * 2, 2},
-      {"expanded_idx_to_permuted_idx", b.expanded_idx_to_permuted_idx, finalize ? 0 : T * K * 4, 4},
+      {"gemm2_output", b.gemm2_output, finalize ? 0 : rows * H * 2, kAlignment},
+      {"expert_weights", b.expert_weights, finalize || weight_bytes ? 0 : rows * 2, 2},
+      {"expanded_idx_to_permuted_idx", b.expanded_idx_to_permuted_idx, finalize && !lora ? 0 : rows * 4, 4},
+      {"gemm1_activation_output", b.gemm1_activation_output, lora ? rows * I : 0, kAlignment},
+      {"gemm1_activation_scale", b.gemm1_activation_scale, lora ? i_blocks * p.scale_stride() * 4 : 0, kAlignment},
       {"workspace", b.workspace, T == 0 ? 0 : WorkspaceSize(p).at(T), 1},
   };
   for (const auto& e : expected)

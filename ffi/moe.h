@@ -19,7 +19,7 @@ inline constexpr int64_t kMaxTopK = 32;
 
 // One line a field: everything that a backend has to know of a call. All are int64 so that Python can hand them over
 // as one list. hidden_states_scale_*_stride count elements: [H/128, T] has block stride T and token stride 1.
-// local_expert_offset is used when Buffers::local_expert_offset is null.
+// local_expert_offset is used when Buffers::local_expert_offset is null. topk_weights_dtype kNone: topk_ids are packed.
 #define JAX_MOE_PROBLEM_FIELDS(FIELD)     \
   FIELD(num_tokens)                       \
   FIELD(hidden_size)                      \
@@ -28,6 +28,7 @@ inline constexpr int64_t kMaxTopK = 32;
   FIELD(top_k)                            \
   FIELD(local_num_experts)                \
   FIELD(local_expert_offset)              \
+  FIELD(topk_weights_dtype)               \
   FIELD(hidden_states_dtype)              \
   FIELD(hidden_states_scale_block_stride) \
   FIELD(hidden_states_scale_token_stride) \
@@ -35,24 +36,34 @@ inline constexpr int64_t kMaxTopK = 32;
   FIELD(activation_type)                  \
   FIELD(weight_layout)                    \
   FIELD(use_shuffled_weight)              \
+  FIELD(has_gemm1_lora_delta)             \
   FIELD(do_finalize)
 
 // Operands then results, in the order of the XLA custom call. Absent arrays have null data and zero bytes.
-#define JAX_MOE_INPUTS(BUFFER)                                                \
-  BUFFER(topk_ids)            /* int32 [T, K], packed (id << 16) | bf16    */ \
-  BUFFER(hidden_states)       /* e4m3 or bf16 [T, H]                       */ \
-  BUFFER(hidden_states_scale) /* f32 [H/128, T], strided; absent with bf16 */ \
-  BUFFER(gemm1_weights)       /* e4m3 [L, 2I, H], up rows then gate rows   */ \
-  BUFFER(gemm1_weights_scale) /* f32 [L, 2I/128, H/128]                    */ \
-  BUFFER(gemm2_weights)       /* e4m3 [L, H, I]                            */ \
-  BUFFER(gemm2_weights_scale) /* f32 [L, H/128, I/128]                     */ \
-  BUFFER(local_expert_offset) /* int32 [], absent: Problem's value         */
-#define JAX_MOE_OUTPUTS(BUFFER)                                                \
-  BUFFER(output)                       /* bf16 [T, H], with do_finalize     */ \
-  BUFFER(gemm2_output)                 /* bf16 [T*K, H], without            */ \
-  BUFFER(expert_weights)               /* bf16 [T, K], without              */ \
-  BUFFER(expanded_idx_to_permuted_idx) /* int32 [T*K], without              */ \
-  BUFFER(workspace)                    /* uint8 [WorkspaceSize], contents undefined before and after */
+// M = 2I (gated: up rows, then gate rows) or I. Shapes of weights are those of MajorK; BlockMajorK is [L, K/128, rows,
+// 128].
+#define JAX_MOE_INPUTS(BUFFER)                                                                         \
+  BUFFER(topk_ids)            /* int32 [T, K]: packed (id << 16) | bf16, or ids beside topk_weights */ \
+  BUFFER(topk_weights)        /* bf16 or f32 [T, K], or absent                                      */ \
+  BUFFER(hidden_states)       /* e4m3 or bf16 [T, H]                                                */ \
+  BUFFER(hidden_states_scale) /* f32 [H/128, T], strided; absent with bf16                          */ \
+  BUFFER(gemm1_weights)       /* e4m3 [L, M, H]                                                     */ \
+  BUFFER(gemm1_weights_scale) /* f32 [L, M/128, H/128]                                              */ \
+  BUFFER(gemm2_weights)       /* e4m3 [L, H, I]                                                     */ \
+  BUFFER(gemm2_weights_scale) /* f32 [L, H/128, I/128]                                              */ \
+  BUFFER(gemm1_lora_delta)    /* bf16 [T, K, M] in slot order and original row order, or absent     */ \
+  BUFFER(gemm1_alpha)         /* f32 [L], or absent: 1                                              */ \
+  BUFFER(gemm1_beta)          /* f32 [L], or absent: 0                                              */ \
+  BUFFER(gemm1_clamp_limit)   /* f32 [L], or absent: no clamp                                       */ \
+  BUFFER(local_expert_offset) /* int32 [], absent: Problem's value                                  */
+#define JAX_MOE_OUTPUTS(BUFFER)                                                                    \
+  BUFFER(output)                       /* bf16 [T, H], with do_finalize                        */  \
+  BUFFER(gemm2_output)                 /* bf16 [T*K, H], without                               */  \
+  BUFFER(expert_weights)               /* bf16 [T, K], without do_finalize, packed ids only    */  \
+  BUFFER(expanded_idx_to_permuted_idx) /* int32 [T*K], without do_finalize or with LoRA        */  \
+  BUFFER(gemm1_activation_output)      /* e4m3 [T*K, I], with LoRA                             */  \
+  BUFFER(gemm1_activation_scale)       /* f32 [I/128, scale_stride()], with LoRA                */ \
+  BUFFER(workspace)                    /* uint8 [WorkspaceSize], undefined before and after    */
 
 struct Problem {
 #define FIELD(name) int64_t name = 0;
@@ -61,6 +72,13 @@ struct Problem {
 
   int64_t expanded_rows() const { return num_tokens * top_k; }
   bool hidden_states_are_bf16() const { return hidden_states_dtype == int64_t(DataType::kBFloat16); }
+  bool gated() const {
+    return activation_type == int64_t(ActivationType::kSwiglu) || activation_type == int64_t(ActivationType::kGeglu);
+  }
+  bool block_major_k() const { return weight_layout == int64_t(WeightLayout::kBlockMajorK); }
+  int64_t gemm1_rows() const { return gated() ? 2 * intermediate_size : intermediate_size; }  // M
+  // Row stride of float32 scales of permuted rows: TMA wants multiples of 16 bytes.
+  int64_t scale_stride() const { return (expanded_rows() + 3) / 4 * 4; }
 };
 
 struct Buffer {

@@ -38,26 +38,30 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   const int64_t experts = p.local_num_experts;
   Carve carve(buffers.workspace.data, p.num_tokens);
   Workspace w{};
-  w.scale_stride = (p.expanded_rows() + 3) / 4 * 4;
+  w.scale_stride = p.scale_stride();
   if (p.hidden_states_are_bf16()) {
     w.x = carve.Take<uint8_t>({0, p.hidden_size});
     w.x_scale = carve.Take<float>({0, h_blocks});
   }
   w.permuted_idx_to_token = carve.Take<int32_t>({0, p.top_k});
+  if (p.has_gemm1_lora_delta) w.permuted_idx_to_expanded_idx = carve.Take<int32_t>({0, p.top_k});
   w.expert_offsets = carve.Take<int32_t>({experts + 1, 0});
   w.chunk_histogram = carve.Take<int32_t>({kMaxRouteChunks * experts, 0});
   w.num_m_blocks = carve.Take<int32_t>({1, 0});
   w.m_blocks = carve.Take<MBlock>({experts + 1, (p.top_k + kBlockM - 1) / kBlockM});
   w.permuted_x_scale = carve.Take<float>({3 * h_blocks, p.top_k * h_blocks});
-  w.h = carve.Take<uint8_t>({0, p.top_k * p.intermediate_size});
-  w.h_scale = carve.Take<float>({3 * i_blocks, p.top_k * i_blocks});
-  if (p.do_finalize) {
-    w.expanded_idx_to_permuted_idx = carve.Take<int32_t>({0, p.top_k});
-    w.y2 = carve.Take<uint16_t>({0, p.top_k * p.hidden_size});
+  if (p.has_gemm1_lora_delta) {
+    w.h = static_cast<uint8_t*>(buffers.gemm1_activation_output.data);
+    w.h_scale = static_cast<float*>(buffers.gemm1_activation_scale.data);
   } else {
-    w.expanded_idx_to_permuted_idx = static_cast<int32_t*>(buffers.expanded_idx_to_permuted_idx.data);
-    w.y2 = static_cast<uint16_t*>(buffers.gemm2_output.data);
+    w.h = carve.Take<uint8_t>({0, p.top_k * p.intermediate_size});
+    w.h_scale = carve.Take<float>({3 * i_blocks, p.top_k * i_blocks});
   }
+  w.expanded_idx_to_permuted_idx = p.do_finalize && !p.has_gemm1_lora_delta
+                                       ? carve.Take<int32_t>({0, p.top_k})
+                                       : static_cast<int32_t*>(buffers.expanded_idx_to_permuted_idx.data);
+  w.y2 = p.do_finalize ? carve.Take<uint16_t>({0, p.top_k * p.hidden_size})
+                       : static_cast<uint16_t*>(buffers.gemm2_output.data);
   w.size = carve.size();
   return w;
 }

@@ -25,18 +25,19 @@ inline constexpr int kMaxRouteChunks = 128;
 struct Workspace {
   uint8_t* x;                             // e4m3 [T, H]       quantised hidden_states (bf16 input only)
   float* x_scale;                         // [T, H/128]        its scales (bf16 input only)
-  int32_t* expanded_idx_to_permuted_idx;  // [T*K]             the result of that name without do_finalize
+  int32_t* expanded_idx_to_permuted_idx;  // [T*K]             or the result of that name
   int32_t* permuted_idx_to_token;         // [T*K]
+  int32_t* permuted_idx_to_expanded_idx;  // [T*K]             (LoRA only, else null)
   int32_t* expert_offsets;                // [L + 1]           first permuted row of each local expert
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks]
   int32_t* num_m_blocks;                  // [1]
   MBlock* m_blocks;                       // [T*K/128 + L + 1]
   float* permuted_x_scale;                // [H/128, scale_stride]
-  uint8_t* h;                             // e4m3 [T*K, I]     activation of a permuted row
-  float* h_scale;                         // [I/128, scale_stride]
-  uint16_t* y2;                           // bf16 [T*K, H]     the result gemm2_output without do_finalize
-  int64_t scale_stride;                   // T*K rounded up to 4: TMA wants strides of 16 bytes
-  AffineBytes size;                       // an upper bound for every number of tokens
+  uint8_t* h;            // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
+  float* h_scale;        // [I/128, scale_stride], or the result gemm1_activation_scale
+  uint16_t* y2;          // bf16 [T*K, H]     or the result gemm2_output without do_finalize
+  int64_t scale_stride;  // Problem::scale_stride()
+  AffineBytes size;      // an upper bound for every number of tokens
 };
 
 // Pointers are offsets from buffers.workspace.data rounded up to 256 bytes; with null data only `size` means anything.

@@ -1,4 +1,4 @@
-"""What a call is: sizes, options, buffers, and all argument validation.
+"""What a call is: sizes, options, buffers, and the validation of its arrays.
 
 `Problem` mirrors ffi/moe.h field by field (native.py compares the two when the extension is loaded). The JAX functions
 and the torch facade both describe their arrays as `Array`s, get a `Problem` from them, and read the shapes of results
@@ -8,18 +8,11 @@ from it. Imports neither jax nor torch. Errors follow `<function>: <argument> mu
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
-from .enums import (
-    ActivationType,
-    DataType,
-    Fp8QuantizationType,
-    RoutingMethodType,
-    WeightLayout,
-    parse_enum,
-)
+from .enums import ActivationType, DataType, Fp8QuantizationType, WeightLayout
+from .options import Options, invalid, is_int
 
 SCALE_BLOCK = 128
 MAX_TOP_K = 32
@@ -28,106 +21,42 @@ ROW_LIMIT = 2**31 - 1024  # rows are numbered in int32 (ffi/check.cc)
 
 INPUTS = (
     "topk_ids",
+    "topk_weights",
     "hidden_states",
     "hidden_states_scale",
     "gemm1_weights",
     "gemm1_weights_scale",
     "gemm2_weights",
     "gemm2_weights_scale",
+    "gemm1_lora_delta",
+    "gemm1_alpha",
+    "gemm1_beta",
+    "gemm1_clamp_limit",
     "local_expert_offset",
 )
-OUTPUTS = ("output", "gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx", "workspace")
+OUTPUTS = (
+    "output",
+    "gemm2_output",
+    "expert_weights",
+    "expanded_idx_to_permuted_idx",
+    "gemm1_activation_output",
+    "gemm1_activation_scale",
+    "workspace",
+)
+PER_EXPERT = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")  # float32 [L], each optional
 
 FLOAT8 = "float8_e4m3fn"
+DTYPES = {"float32": DataType.FLOAT32, "bfloat16": DataType.BFLOAT16, FLOAT8: DataType.FLOAT8_E4M3}
 
 
 class Array(NamedTuple):
-    """Shape and dtype name ("float8_e4m3fn", "bfloat16", "float32", "int32", "uint8") of an array."""
+    """Shape and dtype name ("float8_e4m3fn", "bfloat16", "float32", "int32", "uint8", ...) of an array."""
 
     shape: tuple[Any, ...]
     dtype: str
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of the documented signature that are not array sizes, checked against each other."""
-
-    routing_method_type: RoutingMethodType = RoutingMethodType.Default
-    use_shuffled_weight: bool = False
-    weight_layout: WeightLayout = WeightLayout.MajorK
-    do_finalize: bool = True
-    fp8_quantization_type: Fp8QuantizationType = Fp8QuantizationType.DeepSeekFp8
-    activation_type: ActivationType = ActivationType.Swiglu
-    n_group: int | None = None
-    topk_group: int | None = None
-    routed_scaling_factor: float | None = None
-
-    @staticmethod
-    def parse(
-        function: str,
-        *,
-        routing_method_type: object = 0,
-        use_shuffled_weight: object = False,
-        weight_layout: object = 0,
-        do_finalize: object = True,
-        fp8_quantization_type: object = Fp8QuantizationType.DeepSeekFp8,
-        activation_type: object = ActivationType.Swiglu,
-        n_group: int | None = None,
-        topk_group: int | None = None,
-        routed_scaling_factor: float | None = None,
-    ) -> Options:
-        """Raises ValueError for what the contract forbids and NotImplementedError for what this build lacks."""
-        options = Options(
-            parse_enum(function, "routing_method_type", RoutingMethodType, routing_method_type),
-            _flag(function, "use_shuffled_weight", use_shuffled_weight),
-            parse_enum(function, "weight_layout", WeightLayout, weight_layout),
-            _flag(function, "do_finalize", do_finalize),
-            parse_enum(function, "fp8_quantization_type", Fp8QuantizationType, fp8_quantization_type),
-            parse_enum(function, "activation_type", ActivationType, activation_type),
-            n_group,
-            topk_group,
-            routed_scaling_factor,
-        )
-        if options.fp8_quantization_type is Fp8QuantizationType.NoneFp8:
-            raise _invalid(function, "fp8_quantization_type", "DeepSeekFp8 (1) or MxFp8 (2)", "NoneFp8 (0)")
-        if options.weight_layout is WeightLayout.MajorMn:
-            raise _invalid(function, "weight_layout", "MajorK (0) or BlockMajorK (2)", "MajorMn (1)")
-        options._refuse_unsupported(function)
-        return options
-
-    def _refuse_unsupported(self, function: str) -> None:
-        for argument, value, supported in (
-            ("fp8_quantization_type", self.fp8_quantization_type, Fp8QuantizationType.DeepSeekFp8),
-            ("activation_type", self.activation_type, ActivationType.Swiglu),
-            ("weight_layout", self.weight_layout, WeightLayout.MajorK),
-        ):
-            if value is not supported:
-                raise NotImplementedError(
-                    f"{function}: {argument} must be {supported.name} ({supported.value}), the one that this version "
-                    f"supports, got {value.name} ({value.value})"
-                )
-        if self.use_shuffled_weight:
-            raise NotImplementedError(
-                f"{function}: use_shuffled_weight must be False, the one that this version supports, got True; "
-                "pass the weights as the checkpoint has them"
-            )
-
-    def check_groups(self, function: str, num_experts: int) -> None:
-        """n_group and topk_group belong to DeepSeekV3 routing; elsewhere they may only be absent."""
-        if self.routing_method_type is not RoutingMethodType.DeepSeekV3:
-            for argument, value in (("n_group", self.n_group), ("topk_group", self.topk_group)):
-                if value not in (None, 0, 1):
-                    raise _invalid(function, argument, f"None, 0 or 1 with {self.routing_method_type.name}", value)
-            return
-        groups = 1 if self.n_group in (None, 0) else self.n_group
-        chosen = 1 if self.topk_group in (None, 0) else self.topk_group
-        if not _is_int(groups) or groups < 1 or num_experts % groups:
-            raise _invalid(function, "n_group", f"a positive divisor of num_experts ({num_experts})", self.n_group)
-        if not _is_int(chosen) or not 1 <= chosen <= groups:
-            raise _invalid(function, "topk_group", f"in [1, n_group] = [1, {groups}]", self.topk_group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +70,7 @@ class Problem:
     top_k: int
     local_num_experts: int
     local_expert_offset: int
+    topk_weights_dtype: DataType
     hidden_states_dtype: DataType
     hidden_states_scale_block_stride: Any
     hidden_states_scale_token_stride: Any
@@ -148,6 +78,7 @@ class Problem:
     activation_type: ActivationType
     weight_layout: WeightLayout
     use_shuffled_weight: bool
+    has_gemm1_lora_delta: bool
     do_finalize: bool
 
     @staticmethod
@@ -168,31 +99,35 @@ class Problem:
         hidden_states_scale is [T, H/128] instead of [H/128, T]; scale_strides overrides its (block, token) strides.
         `declared` are sizes the caller stated in words (top_k, intermediate_size, local_num_experts): they must match.
         """
-        topk_ids = _array(function, arrays, "topk_ids", 2, ("int32",), "[num_tokens, top_k]")
+        ids = _array(function, arrays, "topk_ids", 2, ("int32",), "[num_tokens, top_k]")
         x = _array(function, arrays, "hidden_states", 2, (FLOAT8, "bfloat16"), "[num_tokens, hidden_size]")
-        gemm1 = _array(function, arrays, "gemm1_weights", 3, (FLOAT8,), "[experts, 2 * intermediate_size, hidden_size]")
-        _array(function, arrays, "gemm2_weights", 3, (FLOAT8,), "[experts, hidden_size, intermediate_size]")
-        tokens, top_k = topk_ids.shape
-        hidden, local = x.shape[1], gemm1.shape[0]
+        tokens, hidden = ids.shape[0], x.shape[1]
         if hidden <= 0 or hidden % SCALE_BLOCK:
-            raise _invalid(function, "hidden_states", _multiple("hidden_size", hidden), x)
-        if gemm1.shape[1] <= 0 or gemm1.shape[1] % (2 * SCALE_BLOCK):
-            expected = _multiple("intermediate_size", gemm1.shape[1] // 2) + " (and two of them as gemm1_weights' rows)"
-            raise _invalid(function, "gemm1_weights", expected, gemm1)
+            raise invalid(function, "hidden_states", _multiple("hidden_size", hidden), x)
+        local, rows = _weight_rows(function, arrays, options)
+        inter = rows // 2 if options.is_gated else rows
+        if inter <= 0 or inter % SCALE_BLOCK or rows % SCALE_BLOCK or (options.is_gated and rows % 2):
+            halves = " (and two of them as gemm1_weights' rows)" if options.is_gated else ""
+            expected = _multiple("intermediate_size", inter) + halves
+            raise invalid(function, "gemm1_weights", expected, arrays["gemm1_weights"])
+        strides = scale_strides or ((1, hidden // SCALE_BLOCK) if scale_is_token_major else (tokens, 1))
+        weights = arrays.get("topk_weights")
         problem = Problem(
             tokens,
             hidden,
-            gemm1.shape[1] // 2,
-            int(num_experts) if _is_int(num_experts) else num_experts,
-            top_k,
+            inter,
+            int(num_experts) if is_int(num_experts) else num_experts,
+            ids.shape[1],
             local,
-            int(local_expert_offset) if _is_int(local_expert_offset) else 0,
-            DataType.FLOAT8_E4M3 if x.dtype == FLOAT8 else DataType.BFLOAT16,
-            *(scale_strides or ((1, hidden // SCALE_BLOCK) if scale_is_token_major else (tokens, 1))),
+            int(local_expert_offset) if is_int(local_expert_offset) else 0,
+            DataType.NONE if weights is None else DTYPES.get(weights.dtype, DataType.FLOAT32),
+            DTYPES[x.dtype],
+            *strides,
             options.fp8_quantization_type,
             options.activation_type,
             options.weight_layout,
             options.use_shuffled_weight,
+            arrays.get("gemm1_lora_delta") is not None,
             options.do_finalize,
         )
         problem._check_sizes(function, local_expert_offset, declared or {})
@@ -201,85 +136,109 @@ class Problem:
         return problem
 
     def _check_sizes(self, function: str, offset: int | None, declared: Mapping[str, int]) -> None:
-        if not _is_int(self.num_experts) or not 1 <= self.num_experts <= MAX_NUM_EXPERTS:
-            raise _invalid(function, "num_experts", f"an integer in [1, {MAX_NUM_EXPERTS}]", self.num_experts)
+        if not is_int(self.num_experts) or not 1 <= self.num_experts <= MAX_NUM_EXPERTS:
+            raise invalid(function, "num_experts", f"an integer in [1, {MAX_NUM_EXPERTS}]", self.num_experts)
         limit = min(self.num_experts, MAX_TOP_K)
         if not 1 <= self.top_k <= limit:
-            raise _invalid(function, "top_k", f"in [1, min(num_experts, {MAX_TOP_K})] = [1, {limit}]", self.top_k)
+            raise invalid(function, "top_k", f"in [1, min(num_experts, {MAX_TOP_K})] = [1, {limit}]", self.top_k)
         for argument, value in declared.items():
             found = getattr(self, argument)
             if value != found:
-                raise _invalid(function, argument, f"{found}, the size that the arrays have", value)
-        if self.local_num_experts < 1:
-            raise _invalid(function, "gemm1_weights", "of at least one local expert", self.local_num_experts)
+                raise invalid(function, argument, f"{found}, the size that the arrays have", value)
+        local = self.local_num_experts
+        if local < 1:
+            raise invalid(function, "gemm1_weights", "of at least one local expert", local)
         if offset is None:
-            if self.local_num_experts > self.num_experts:
+            if local > self.num_experts:
                 expected = f"of at most num_experts ({self.num_experts}) local experts"
-                raise _invalid(function, "gemm1_weights", expected, self.local_num_experts)
-        elif not _is_int(offset) or not 0 <= offset <= self.num_experts - self.local_num_experts:
-            expected = (
-                f"an integer in [0, num_experts - local_num_experts] = [0, {self.num_experts - self.local_num_experts}]"
-            )
-            raise _invalid(function, "local_expert_offset", expected, offset)
-        if _is_int(self.num_tokens) and self.num_tokens * self.top_k > ROW_LIMIT:
+                raise invalid(function, "gemm1_weights", expected, local)
+        elif not is_int(offset) or not 0 <= offset <= self.num_experts - local:
+            last = self.num_experts - local
+            expected = f"an integer in [0, num_experts - local_num_experts] = [0, {last}]"
+            raise invalid(function, "local_expert_offset", expected, offset)
+        if is_int(self.num_tokens) and self.num_tokens * self.top_k > ROW_LIMIT:
             expected = f"at most {ROW_LIMIT // self.top_k} tokens with top_k {self.top_k}; split the call"
-            raise _invalid(function, "topk_ids", expected, self.num_tokens)
-        if self.local_num_experts * max(2 * self.intermediate_size, self.hidden_size) > ROW_LIMIT:
-            rows = self.local_num_experts * max(2 * self.intermediate_size, self.hidden_size)
-            raise _invalid(function, "gemm1_weights", f"of at most {ROW_LIMIT} rows over all local experts", rows)
+            raise invalid(function, "topk_ids", expected, self.num_tokens)
+        rows = local * max(self.gemm1_rows, self.hidden_size)
+        if rows > ROW_LIMIT:
+            raise invalid(function, "gemm1_weights", f"of at most {ROW_LIMIT} rows over all local experts", rows)
 
-    def _check_arrays(self, function: str, arrays: Mapping[str, Array | None], scale_is_token_major: bool) -> None:
-        for name, expected in self.inputs(scale_is_token_major).items():
+    def _check_arrays(self, function: str, arrays: Mapping[str, Array | None], token_major: bool) -> None:
+        for name, expected in self.inputs(token_major).items():
             given = arrays.get(name)
+            if given is None and (expected is None or name in PER_EXPERT):
+                continue
             if expected is None:
-                if given is not None:
-                    raise _invalid(function, name, "None with bfloat16 hidden_states (quantised in the call)", given)
-            elif given is None:
+                raise invalid(function, name, "None with bfloat16 hidden_states (quantised in the call)", given)
+            if given is None:
                 hint = " (or pass hidden_states in bfloat16)" if name == "hidden_states_scale" else ""
-                raise _invalid(function, name, f"{expected}{hint}", None)
-            elif given.dtype != expected.dtype or tuple(given.shape) != tuple(expected.shape):
+                raise invalid(function, name, f"{expected}{hint}", None)
+            if given.dtype != expected.dtype or tuple(given.shape) != tuple(expected.shape):
                 hint = ""
                 if name == "hidden_states_scale" and tuple(given.shape) == tuple(reversed(expected.shape)):
                     hint = "; transpose it, or say hidden_states_scale_order='token_major' in JAX"
-                raise _invalid(function, name, str(expected), f"{given}{hint}")
+                raise invalid(function, name, str(expected), f"{given}{hint}")
 
     @property
     def hidden_states_are_bf16(self) -> bool:
         return self.hidden_states_dtype is DataType.BFLOAT16
 
+    @property
+    def gemm1_rows(self) -> int:
+        gated = self.activation_type in (ActivationType.Swiglu, ActivationType.Geglu)
+        return 2 * self.intermediate_size if gated else self.intermediate_size
+
     def inputs(self, scale_is_token_major: bool = False) -> dict[str, Array | None]:
-        """Shape and dtype of each of INPUTS; None where the problem has none. local_expert_offset is not listed."""
+        """Shape and dtype of each of INPUTS but local_expert_offset; None where the problem has none.
+
+        The PER_EXPERT arrays are listed although each may be left out.
+        """
         tokens, hidden, inter, local = self.num_tokens, self.hidden_size, self.intermediate_size, self.local_num_experts
-        hidden_blocks, inter_blocks = hidden // SCALE_BLOCK, inter // SCALE_BLOCK
-        scale_shape = (tokens, hidden_blocks) if scale_is_token_major else (hidden_blocks, tokens)
+        rows, block = self.gemm1_rows, SCALE_BLOCK
         bf16 = self.hidden_states_are_bf16
+        scale_shape = (tokens, hidden // block) if scale_is_token_major else (hidden // block, tokens)
+        weights = None if self.topk_weights_dtype is DataType.NONE else self.topk_weights_dtype.name.lower()
         return {
             "topk_ids": Array((tokens, self.top_k), "int32"),
+            "topk_weights": weights and Array((tokens, self.top_k), weights),
             "hidden_states": Array((tokens, hidden), "bfloat16" if bf16 else FLOAT8),
             "hidden_states_scale": None if bf16 else Array(scale_shape, "float32"),
-            "gemm1_weights": Array((local, 2 * inter, hidden), FLOAT8),
-            "gemm1_weights_scale": Array((local, 2 * inter_blocks, hidden_blocks), "float32"),
-            "gemm2_weights": Array((local, hidden, inter), FLOAT8),
-            "gemm2_weights_scale": Array((local, hidden_blocks, inter_blocks), "float32"),
+            "gemm1_weights": self._weights(rows, hidden),
+            "gemm1_weights_scale": Array((local, rows // block, hidden // block), "float32"),
+            "gemm2_weights": self._weights(hidden, inter),
+            "gemm2_weights_scale": Array((local, hidden // block, inter // block), "float32"),
+            "gemm1_lora_delta": Array((tokens, self.top_k, rows), "bfloat16") if self.has_gemm1_lora_delta else None,
+            **{name: Array((local,), "float32") for name in PER_EXPERT},
         }
+
+    def _weights(self, rows: int, columns: int) -> Array:
+        if self.weight_layout is WeightLayout.BlockMajorK:
+            return Array((self.local_num_experts, columns // SCALE_BLOCK, rows, SCALE_BLOCK), FLOAT8)
+        return Array((self.local_num_experts, rows, columns), FLOAT8)
 
     def outputs(self) -> dict[str, Array | None]:
         """Shape and dtype of each of OUTPUTS but the workspace; None where the problem has none."""
-        tokens, top_k, hidden = self.num_tokens, self.top_k, self.hidden_size
-        rows = tokens * top_k
-        final = self.do_finalize
+        tokens, top_k, hidden, inter = self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size
+        rows, final, lora = tokens * top_k, self.do_finalize, self.has_gemm1_lora_delta
+        packed = self.topk_weights_dtype is DataType.NONE
         return {
             "output": Array((tokens, hidden), "bfloat16") if final else None,
             "gemm2_output": None if final else Array((rows, hidden), "bfloat16"),
-            "expert_weights": None if final else Array((tokens, top_k), "bfloat16"),
-            "expanded_idx_to_permuted_idx": None if final else Array((rows,), "int32"),
+            "expert_weights": Array((tokens, top_k), "bfloat16") if packed and not final else None,
+            "expanded_idx_to_permuted_idx": None if final and not lora else Array((rows,), "int32"),
+            "gemm1_activation_output": Array((rows, inter), "uint8") if lora else None,
+            "gemm1_activation_scale": Array((inter // SCALE_BLOCK, (rows + 3) // 4 * 4), "float32") if lora else None,
         }
 
     def returned(self) -> tuple[str, ...]:
-        """Names of the results a caller gets, in order."""
-        if self.do_finalize:
-            return ("output",)
-        return ("gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx")
+        """Names of the results of the documented return forms, in order.
+
+        expert_weights is the caller's own topk_weights when those were given.
+        """
+        lora = ("gemm1_activation_output",) if self.has_gemm1_lora_delta else ()
+        if not self.do_finalize:
+            return ("gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx", *lora)
+        return ("output", "expanded_idx_to_permuted_idx", *lora) if lora else ("output",)
 
     def fields(self) -> list[int]:
         """The values for the C++ Problem, in order."""
@@ -305,23 +264,24 @@ def abi_text() -> str:
     return f"fields: {fields}\ninputs: {' '.join(INPUTS)}\noutputs: {' '.join(OUTPUTS)}\nenums: {values}"
 
 
-def _invalid(function: str, argument: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"{function}: {argument} must be {expected}, got {got}")
+def _weight_rows(function: str, arrays: Mapping[str, Array | None], options: Options) -> tuple[int, int]:
+    """Local experts and rows of gemm1_weights."""
+    if options.weight_layout is WeightLayout.BlockMajorK:
+        words = "[experts, hidden_size / 128, rows, 128]"
+        gemm1 = _array(function, arrays, "gemm1_weights", 4, (FLOAT8,), words)
+        return gemm1.shape[0], gemm1.shape[2]
+    words = (
+        "[experts, 2 * intermediate_size, hidden_size]"
+        if options.is_gated
+        else "[experts, intermediate_size, hidden_size]"
+    )
+    gemm1 = _array(function, arrays, "gemm1_weights", 3, (FLOAT8,), words)
+    return gemm1.shape[0], gemm1.shape[1]
 
 
 def _multiple(size: str, value: int) -> str:
     padded = max(1, -(-value // SCALE_BLOCK)) * SCALE_BLOCK
     return f"of a {size} that is a multiple of {SCALE_BLOCK}; pad {size} {value} to {padded}"
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)  # numpy's integers too
-
-
-def _flag(function: str, argument: str, value: object) -> bool:
-    if not isinstance(value, numbers.Integral) or value not in (0, 1):
-        raise _invalid(function, argument, "True or False", repr(value))
-    return bool(value)
 
 
 def _array(
@@ -334,5 +294,5 @@ def _array(
 ) -> Array:
     given = arrays.get(name)
     if given is None or len(given.shape) != rank or given.dtype not in dtypes:
-        raise _invalid(function, name, f"{' or '.join(dtypes)} {shape_words}", given)
+        raise invalid(function, name, f"{' or '.join(dtypes)} {shape_words}", given)
     return given

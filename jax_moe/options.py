@@ -1,0 +1,101 @@
+"""The options of the documented signature that are not array sizes, checked against each other.
+
+Imports neither jax nor torch. Errors follow `<function>: <argument> must be <expected>, got <value>`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from typing import TypeGuard
+
+from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of the documented signature that are not array sizes, checked against each other."""
+
+    routing_method_type: RoutingMethodType = RoutingMethodType.Default
+    use_shuffled_weight: bool = False
+    weight_layout: WeightLayout = WeightLayout.MajorK
+    do_finalize: bool = True
+    fp8_quantization_type: Fp8QuantizationType = Fp8QuantizationType.DeepSeekFp8
+    activation_type: ActivationType = ActivationType.Swiglu
+    n_group: int | None = None
+    topk_group: int | None = None
+    routed_scaling_factor: float | None = None
+
+    @staticmethod
+    def parse(
+        function: str,
+        *,
+        routing_method_type: object = 0,
+        use_shuffled_weight: object = False,
+        weight_layout: object = 0,
+        do_finalize: object = True,
+        fp8_quantization_type: object = Fp8QuantizationType.DeepSeekFp8,
+        activation_type: object = ActivationType.Swiglu,
+        n_group: int | None = None,
+        topk_group: int | None = None,
+        routed_scaling_factor: float | None = None,
+    ) -> Options:
+        """Raises ValueError for what the contract forbids and NotImplementedError for what this build lacks."""
+        options = Options(
+            parse_enum(function, "routing_method_type", RoutingMethodType, routing_method_type),
+            _flag(function, "use_shuffled_weight", use_shuffled_weight),
+            parse_enum(function, "weight_layout", WeightLayout, weight_layout),
+            _flag(function, "do_finalize", do_finalize),
+            parse_enum(function, "fp8_quantization_type", Fp8QuantizationType, fp8_quantization_type),
+            parse_enum(function, "activation_type", ActivationType, activation_type),
+            n_group,
+            topk_group,
+            routed_scaling_factor,
+        )
+        options._check_combination(function)
+        return options
+
+    def _check_combination(self, function: str) -> None:
+        if self.fp8_quantization_type is Fp8QuantizationType.NoneFp8:
+            raise invalid(function, "fp8_quantization_type", "DeepSeekFp8 (1) or MxFp8 (2)", "NoneFp8 (0)")
+        if self.weight_layout is WeightLayout.MajorMn:
+            raise invalid(function, "weight_layout", "MajorK (0) or BlockMajorK (2)", "MajorMn (1)")
+        if self.fp8_quantization_type is Fp8QuantizationType.MxFp8:
+            raise NotImplementedError(
+                f"{function}: fp8_quantization_type must be DeepSeekFp8 (1), the one that this version supports, got "
+                "MxFp8 (2)"
+            )
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation_type in (ActivationType.Swiglu, ActivationType.Geglu)
+
+    def check_groups(self, function: str, num_experts: int) -> None:
+        """n_group and topk_group belong to DeepSeekV3 routing; elsewhere they may only be absent."""
+        if self.routing_method_type is not RoutingMethodType.DeepSeekV3:
+            for argument, value in (("n_group", self.n_group), ("topk_group", self.topk_group)):
+                if value not in (None, 0, 1):
+                    raise invalid(function, argument, f"None, 0 or 1 with {self.routing_method_type.name}", value)
+            return
+        groups = 1 if self.n_group in (None, 0) else self.n_group
+        chosen = 1 if self.topk_group in (None, 0) else self.topk_group
+        if not is_int(groups) or groups < 1 or num_experts % groups:
+            raise invalid(function, "n_group", f"a positive divisor of num_experts ({num_experts})", self.n_group)
+        if not is_int(chosen) or not 1 <= chosen <= groups:
+            raise invalid(function, "topk_group", f"in [1, n_group] = [1, {groups}]", self.topk_group)
+
+
+def invalid(function: str, argument: str, expected: str, got: object) -> ValueError:
+    """The error for an argument that does not fit the contract."""
+    return ValueError(f"{function}: {argument} must be {expected}, got {got}")
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Python's or numpy's integer, not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _flag(function: str, argument: str, value: object) -> bool:
+    if not isinstance(value, numbers.Integral) or value not in (0, 1):
+        raise invalid(function, argument, "True or False", repr(value))
+    return bool(value)
