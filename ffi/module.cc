@@ -171,7 +171,7 @@ NB_MODULE(_native, m) {
   using namespace jax_moe;
   using namespace nb::literals;
   m.doc() = "Compiled FP8 mixture-of-experts kernels; see jax_moe.native.";
-  nb::class_<Problem>(m, "Problem", "One call: 15 integers in the order of jax_moe.problem.Problem.")
+  nb::class_<Problem>(m, "Problem", "One call: integers in the order of jax_moe.problem.Problem's fields.")
       .def(
           "__init__",
           [](Problem* self, const std::vector<int64_t>& fields) { new (self) Problem(MakeProblem(fields)); },

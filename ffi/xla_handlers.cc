@@ -39,27 +39,36 @@ namespace {
 constexpr char kTarget[] = "jax_moe.fp8_block_scale_routed_moe.v1";
 constexpr char kFunction[] = "fp8_block_scale_routed_moe: ";
 
-// Element type and rank of each operand and result, by its name in moe.h. Optional ones may be of shape [0] instead.
+// What an array must be: one of the element types, and the rank. An optional one may be of shape [0] instead.
+enum class Kind { kRequired, kOptional, kWeights };  // weights have one more dimension in BlockMajorK
 struct Type {
-  ffi::DataType dtype;
+  ffi::DataType dtypes[2];  // INVALID where there is one only
   size_t rank;
-  bool optional = false;
+  Kind kind = Kind::kRequired;
 };
 namespace types {
-constexpr ffi::DataType kFloat8OrBFloat16 = ffi::DataType::INVALID;
-constexpr Type topk_ids{ffi::DataType::S32, 2};
-constexpr Type hidden_states{kFloat8OrBFloat16, 2};
-constexpr Type hidden_states_scale{ffi::DataType::F32, 2, true};
-constexpr Type gemm1_weights{ffi::DataType::F8E4M3FN, 3};
-constexpr Type gemm1_weights_scale{ffi::DataType::F32, 3};
-constexpr Type gemm2_weights{ffi::DataType::F8E4M3FN, 3};
-constexpr Type gemm2_weights_scale{ffi::DataType::F32, 3};
-constexpr Type local_expert_offset{ffi::DataType::S32, 0};
-constexpr Type output{ffi::DataType::BF16, 2, true};
-constexpr Type gemm2_output{ffi::DataType::BF16, 2, true};
-constexpr Type expert_weights{ffi::DataType::BF16, 2, true};
-constexpr Type expanded_idx_to_permuted_idx{ffi::DataType::S32, 1, true};
-constexpr Type workspace{ffi::DataType::U8, 1};
+constexpr auto S32 = ffi::DataType::S32, F32 = ffi::DataType::F32, BF16 = ffi::DataType::BF16, U8 = ffi::DataType::U8,
+               F8 = ffi::DataType::F8E4M3FN;
+constexpr Type topk_ids{{S32}, 2};
+constexpr Type topk_weights{{BF16, F32}, 2, Kind::kOptional};
+constexpr Type hidden_states{{F8, BF16}, 2};
+constexpr Type hidden_states_scale{{F32}, 2, Kind::kOptional};
+constexpr Type gemm1_weights{{F8}, 3, Kind::kWeights};
+constexpr Type gemm1_weights_scale{{F32}, 3};
+constexpr Type gemm2_weights{{F8}, 3, Kind::kWeights};
+constexpr Type gemm2_weights_scale{{F32}, 3};
+constexpr Type gemm1_lora_delta{{BF16}, 3, Kind::kOptional};
+constexpr Type gemm1_alpha{{F32}, 1};
+constexpr Type gemm1_beta{{F32}, 1};
+constexpr Type gemm1_clamp_limit{{F32}, 1};
+constexpr Type local_expert_offset{{S32}, 0};
+constexpr Type output{{BF16}, 2, Kind::kOptional};
+constexpr Type gemm2_output{{BF16}, 2, Kind::kOptional};
+constexpr Type expert_weights{{BF16}, 2, Kind::kOptional};
+constexpr Type expanded_idx_to_permuted_idx{{S32}, 1};
+constexpr Type gemm1_activation_output{{U8}, 2, Kind::kOptional};
+constexpr Type gemm1_activation_scale{{F32}, 2, Kind::kOptional};
+constexpr Type workspace{{U8}, 1};
 }  // namespace types
 
 struct Slot {
@@ -94,68 +103,85 @@ ffi::Error ToError(const Status& status) {
   return ffi::Error::Internal(kFunction + status.message);
 }
 
+// Whether an array of these dimensions says that the call has no such array.
+bool IsAbsent(ffi::AnyBuffer::Dimensions dimensions) { return dimensions.size() == 1 && dimensions[0] == 0; }
+
 // Checks type and rank of one array and writes down where it is.
-ffi::Error Place(const Slot& slot, const ffi::AnyBuffer& array, Buffers& buffers) {
-  const ffi::DataType dtype = array.element_type();
-  if (slot.type.dtype == types::kFloat8OrBFloat16) {
-    if (dtype != ffi::DataType::F8E4M3FN && dtype != ffi::DataType::BF16)
-      return Invalid(slot.name, " must be of type F8E4M3FN or BF16, got ", dtype);
-  } else if (dtype != slot.type.dtype) {
-    return Invalid(slot.name, " must be of type ", slot.type.dtype, ", got ", dtype);
+ffi::Error Place(const Slot& slot, const ffi::AnyBuffer& array, bool block_major_k, Buffers& buffers) {
+  const Type& type = slot.type;
+  const ffi::DataType dtype = array.element_type(), other = type.dtypes[1];
+  if (dtype != type.dtypes[0] && (other == ffi::DataType::INVALID || dtype != other)) {
+    if (other != ffi::DataType::INVALID)
+      return Invalid(slot.name, " must be of type ", type.dtypes[0], " or ", other, ", got ", dtype);
+    return Invalid(slot.name, " must be of type ", type.dtypes[0], ", got ", dtype);
   }
   const auto dimensions = array.dimensions();
-  const bool absent = slot.type.optional && dimensions.size() == 1 && dimensions[0] == 0;
-  if (!absent && dimensions.size() != slot.type.rank)
-    return Invalid(slot.name, " must have ", slot.type.rank, " dimensions, got ", dimensions.size());
+  const size_t rank = type.rank + (type.kind == Kind::kWeights && block_major_k);
+  if (!(type.kind == Kind::kOptional && IsAbsent(dimensions)) && dimensions.size() != rank)
+    return Invalid(slot.name, " must have ", rank, " dimensions, got ", dimensions.size());
   if (array.element_count() > 0)
     buffers.*slot.member = {array.untyped_data(), static_cast<int64_t>(array.size_bytes())};
   return ffi::Error::Success();
 }
 
-ffi::Error PlaceAll(ffi::RemainingArgs operands, ffi::RemainingRets results, Buffers& buffers) {
+ffi::Error PlaceAll(ffi::RemainingArgs operands, ffi::RemainingRets results, bool block_major_k, Buffers& buffers) {
   if (operands.size() != std::size(kOperands) || results.size() != std::size(kResults))
     return Invalid("the custom call must have ", std::size(kOperands), " operands and ", std::size(kResults),
                    " results, got ", operands.size(), " and ", results.size());
   for (size_t i = 0; i < operands.size(); ++i) {
     const auto array = operands.get<ffi::AnyBuffer>(i);
     if (array.has_error()) return array.error();
-    if (ffi::Error error = Place(kOperands[i], *array, buffers); error.failure()) return error;
+    if (ffi::Error error = Place(kOperands[i], *array, block_major_k, buffers); error.failure()) return error;
   }
   for (size_t i = 0; i < results.size(); ++i) {
     auto array = results.get<ffi::AnyBuffer>(i);
     if (array.has_error()) return array.error();
-    if (ffi::Error error = Place(kResults[i], **array, buffers); error.failure()) return error;
+    if (ffi::Error error = Place(kResults[i], **array, block_major_k, buffers); error.failure()) return error;
   }
   return ffi::Error::Success();
 }
 
+// The contract's value for an operand's element type.
+int64_t ToDataType(ffi::DataType dtype) {
+  return int64_t(dtype == types::F8     ? DataType::kFloat8E4M3
+                 : dtype == types::BF16 ? DataType::kBFloat16
+                                        : DataType::kFloat32);
+}
+
+// Position in JAX_MOE_INPUTS.
+constexpr size_t Operand(std::string_view name) {
+  size_t i = 0;
+  while (kOperands[i].name != name) ++i;
+  return i;
+}
+
 // The problem that checked operands and the attributes state.
 Problem Describe(ffi::RemainingArgs operands, const Attributes& attributes) {
-  enum { kTopkIds = 0, kHiddenStates = 1, kGemm1Weights = 3 };  // positions in JAX_MOE_INPUTS
-  static_assert(std::string_view(kOperands[kTopkIds].name) == "topk_ids" &&
-                std::string_view(kOperands[kHiddenStates].name) == "hidden_states" &&
-                std::string_view(kOperands[kGemm1Weights].name) == "gemm1_weights");
-  const ffi::AnyBuffer ids = *operands.get<ffi::AnyBuffer>(kTopkIds);
-  const ffi::AnyBuffer x = *operands.get<ffi::AnyBuffer>(kHiddenStates);
-  const ffi::AnyBuffer gemm1 = *operands.get<ffi::AnyBuffer>(kGemm1Weights);
-  const bool bf16 = x.element_type() == ffi::DataType::BF16;
+  const ffi::AnyBuffer ids = *operands.get<ffi::AnyBuffer>(Operand("topk_ids"));
+  const ffi::AnyBuffer weights = *operands.get<ffi::AnyBuffer>(Operand("topk_weights"));
+  const ffi::AnyBuffer x = *operands.get<ffi::AnyBuffer>(Operand("hidden_states"));
+  const ffi::AnyBuffer gemm1 = *operands.get<ffi::AnyBuffer>(Operand("gemm1_weights"));
+  const ffi::AnyBuffer lora = *operands.get<ffi::AnyBuffer>(Operand("gemm1_lora_delta"));
   const bool token_major = attributes.hidden_states_scale_token_major != 0;
   Problem p;
   p.num_tokens = ids.dimensions()[0];
   p.hidden_size = x.dimensions()[1];
-  p.intermediate_size = gemm1.dimensions()[1] / 2;
   p.num_experts = attributes.num_experts;
   p.top_k = ids.dimensions()[1];
   p.local_num_experts = gemm1.dimensions()[0];
   p.local_expert_offset = 0;  // the operand states it
-  p.hidden_states_dtype = int64_t(bf16 ? DataType::kBFloat16 : DataType::kFloat8E4M3);
+  p.topk_weights_dtype = IsAbsent(weights.dimensions()) ? int64_t(DataType::kNone) : ToDataType(weights.element_type());
+  p.hidden_states_dtype = ToDataType(x.element_type());
   p.hidden_states_scale_block_stride = token_major ? 1 : p.num_tokens;
   p.hidden_states_scale_token_stride = token_major ? p.hidden_size / kScaleBlock : 1;
   p.fp8_quantization_type = attributes.fp8_quantization_type;
   p.activation_type = attributes.activation_type;
   p.weight_layout = attributes.weight_layout;
   p.use_shuffled_weight = attributes.use_shuffled_weight;
+  p.has_gemm1_lora_delta = !IsAbsent(lora.dimensions());
   p.do_finalize = attributes.do_finalize;
+  const int64_t rows = gemm1.dimensions()[p.block_major_k() ? 2 : 1];
+  p.intermediate_size = p.gated() ? rows / 2 : rows;
   return p;
 }
 
@@ -164,7 +190,8 @@ template <class Forward>
 ffi::Error Handle(ffi::RemainingArgs operands, ffi::RemainingRets results, const Attributes& attributes,
                   Forward forward) try {
   Buffers buffers;
-  if (ffi::Error error = PlaceAll(operands, results, buffers); error.failure()) return error;
+  const bool block_major_k = attributes.weight_layout == int64_t(WeightLayout::kBlockMajorK);
+  if (ffi::Error error = PlaceAll(operands, results, block_major_k, buffers); error.failure()) return error;
   const Problem problem = Describe(operands, attributes);
   if (problem.num_tokens == 0) return ffi::Error::Success();
   return ToError(forward(problem, buffers));
@@ -196,16 +223,22 @@ XLA_FFI_DEFINE_HANDLER(kCudaHandler, HandleCuda,
                            .RemainingArgs()
                            .RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
+#else
+// Says to callers on a GPU what they lack; without a handler XLA would say only that it does not know the target.
+ffi::Error HandleCuda(ffi::Dictionary, ffi::RemainingArgs, ffi::RemainingRets) {
+  return ToError(
+      Status::Unsupported("this build has no CUDA kernels; reinstall where nvcc works with JAX_MOE_CUDA=ON, or run on "
+                          "a CPU device"));
+}
+
+XLA_FFI_DEFINE_HANDLER(kCudaHandler, HandleCuda, ffi::Ffi::Bind().Attrs().RemainingArgs().RemainingRets());
 #endif
 
 }  // namespace
 
 std::vector<Registration> Registrations() {
-  std::vector<Registration> result = {{"cpu", kTarget, reinterpret_cast<void*>(kCpuHandler)}};
-#if JAX_MOE_HAS_CUDA
-  result.push_back({"CUDA", kTarget, reinterpret_cast<void*>(kCudaHandler)});
-#endif
-  return result;
+  return {{"cpu", kTarget, reinterpret_cast<void*>(kCpuHandler)},
+          {"CUDA", kTarget, reinterpret_cast<void*>(kCudaHandler)}};
 }
 
 FfiApiVersion CompiledFfiApiVersion() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }

@@ -12,8 +12,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
+    from .layout import shuffle_matrix_a
+    from .layout import to_block_major_k as convert_to_block_layout
     from .moe import export_checks, fp8_block_scale_routed_moe
-    from .quantize import quantize_activations, quantize_weights
+    from .quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
     from .routing import pack_topk_ids, unpack_topk_ids
 
 __all__ = [
@@ -22,27 +24,33 @@ __all__ = [
     "RoutingMethodType",
     "WeightLayout",
     "__version__",
+    "convert_to_block_layout",
+    "dequantize_activations",
+    "dequantize_weights",
     "export_checks",
     "fp8_block_scale_routed_moe",
     "pack_topk_ids",
     "quantize_activations",
     "quantize_weights",
+    "shuffle_matrix_a",
     "unpack_topk_ids",
 ]
 
 # Module -> the public names that it has.
 _HOMES = {
     "enums": ("ActivationType", "Fp8QuantizationType", "RoutingMethodType", "WeightLayout"),
+    "layout": ("convert_to_block_layout", "shuffle_matrix_a"),
     "moe": ("export_checks", "fp8_block_scale_routed_moe"),
-    "quantize": ("quantize_activations", "quantize_weights"),
+    "quantize": ("dequantize_activations", "dequantize_weights", "quantize_activations", "quantize_weights"),
     "routing": ("pack_topk_ids", "unpack_topk_ids"),
 }
+_OWN_NAMES = {"convert_to_block_layout": "to_block_major_k"}  # where they differ from the public ones
 
 
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
-            value = getattr(importlib.import_module(f".{module}", __name__), name)
+            value = getattr(importlib.import_module(f".{module}", __name__), _OWN_NAMES.get(name, name))
             globals()[name] = value
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,8 @@ from typing import TypeGuard
 
 from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
 
+GATED = (ActivationType.Swiglu, ActivationType.Geglu)  # gemm1_weights has up rows and gate rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -68,7 +70,7 @@ class Options:
 
     @property
     def is_gated(self) -> bool:
-        return self.activation_type in (ActivationType.Swiglu, ActivationType.Geglu)
+        return self.activation_type in GATED
 
     def check_groups(self, function: str, num_experts: int) -> None:
         """n_group and topk_group belong to DeepSeekV3 routing; elsewhere they may only be absent."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .enums import ActivationType, DataType, Fp8QuantizationType, WeightLayout
-from .options import Options, invalid, is_int
+from .options import GATED, Options, invalid, is_int
 
 SCALE_BLOCK = 128
 MAX_TOP_K = 32
@@ -106,12 +106,17 @@ class Problem:
             raise invalid(function, "hidden_states", _multiple("hidden_size", hidden), x)
         local, rows = _weight_rows(function, arrays, options)
         inter = rows // 2 if options.is_gated else rows
-        if inter <= 0 or inter % SCALE_BLOCK or rows % SCALE_BLOCK or (options.is_gated and rows % 2):
-            halves = " (and two of them as gemm1_weights' rows)" if options.is_gated else ""
+        if options.is_gated and rows % 2:
+            expected = f"of an even number of rows (up, then gate) with {options.activation_type.name}"
+            raise invalid(function, "gemm1_weights", expected, arrays["gemm1_weights"])
+        if inter <= 0 or inter % SCALE_BLOCK:
+            halves = " in both halves of the rows" if options.is_gated else ""
             expected = _multiple("intermediate_size", inter) + halves
             raise invalid(function, "gemm1_weights", expected, arrays["gemm1_weights"])
         strides = scale_strides or ((1, hidden // SCALE_BLOCK) if scale_is_token_major else (tokens, 1))
         weights = arrays.get("topk_weights")
+        if weights is not None:
+            _array(function, arrays, "topk_weights", 2, ("bfloat16", "float32"), "[num_tokens, top_k]")
         problem = Problem(
             tokens,
             hidden,
@@ -120,7 +125,7 @@ class Problem:
             ids.shape[1],
             local,
             int(local_expert_offset) if is_int(local_expert_offset) else 0,
-            DataType.NONE if weights is None else DTYPES.get(weights.dtype, DataType.FLOAT32),
+            DataType.NONE if weights is None else DTYPES[weights.dtype],
             DTYPES[x.dtype],
             *strides,
             options.fp8_quantization_type,
@@ -144,7 +149,8 @@ class Problem:
         for argument, value in declared.items():
             found = getattr(self, argument)
             if value != found:
-                raise invalid(function, argument, f"{found}, the size that the arrays have", value)
+                hint = self._rows_in_words() if argument == "intermediate_size" else ""
+                raise invalid(function, argument, f"{found}, the size that the arrays have", f"{value}{hint}")
         local = self.local_num_experts
         if local < 1:
             raise invalid(function, "gemm1_weights", "of at least one local expert", local)
@@ -166,41 +172,57 @@ class Problem:
     def _check_arrays(self, function: str, arrays: Mapping[str, Array | None], token_major: bool) -> None:
         for name, expected in self.inputs(token_major).items():
             given = arrays.get(name)
-            if given is None and (expected is None or name in PER_EXPERT):
-                continue
             if expected is None:
-                raise invalid(function, name, "None with bfloat16 hidden_states (quantised in the call)", given)
-            if given is None:
-                hint = " (or pass hidden_states in bfloat16)" if name == "hidden_states_scale" else ""
-                raise invalid(function, name, f"{expected}{hint}", None)
-            if given.dtype != expected.dtype or tuple(given.shape) != tuple(expected.shape):
-                hint = ""
-                if name == "hidden_states_scale" and tuple(given.shape) == tuple(reversed(expected.shape)):
-                    hint = "; transpose it, or say hidden_states_scale_order='token_major' in JAX"
-                raise invalid(function, name, str(expected), f"{given}{hint}")
+                if given is not None:
+                    raise invalid(function, name, f"None with {self._reason_for_none(name)}", given)
+            elif given is None:
+                if name not in PER_EXPERT:
+                    hint = " (or pass hidden_states in bfloat16)" if name == "hidden_states_scale" else ""
+                    raise invalid(function, name, f"{expected}{hint}", None)
+            elif given.dtype != expected.dtype or tuple(given.shape) != tuple(expected.shape):
+                raise invalid(function, name, str(expected), f"{given}{self._hint(name, given, expected)}")
+
+    def _reason_for_none(self, name: str) -> str:
+        if name in PER_EXPERT:
+            return self.activation_type.name
+        return "bfloat16 hidden_states (quantised in the call)"
+
+    def _hint(self, name: str, given: Array, expected: Array) -> str:
+        """The next step where a shape is a likely slip."""
+        if name == "hidden_states_scale" and tuple(given.shape) == tuple(reversed(expected.shape)):
+            return "; transpose it, or say hidden_states_scale_order='token_major' in JAX"
+        return self._rows_in_words() if name == "gemm2_weights" and given.dtype == expected.dtype else ""
+
+    def _rows_in_words(self) -> str:
+        size = "2 * intermediate_size" if self.is_gated else "intermediate_size"
+        return f"; gemm1_weights has {self.gemm1_rows} rows, which is {size} with {self.activation_type.name}"
 
     @property
     def hidden_states_are_bf16(self) -> bool:
         return self.hidden_states_dtype is DataType.BFLOAT16
 
     @property
+    def is_gated(self) -> bool:
+        return self.activation_type in GATED
+
+    @property
     def gemm1_rows(self) -> int:
-        gated = self.activation_type in (ActivationType.Swiglu, ActivationType.Geglu)
-        return 2 * self.intermediate_size if gated else self.intermediate_size
+        return 2 * self.intermediate_size if self.is_gated else self.intermediate_size
 
     def inputs(self, scale_is_token_major: bool = False) -> dict[str, Array | None]:
         """Shape and dtype of each of INPUTS but local_expert_offset; None where the problem has none.
 
-        The PER_EXPERT arrays are listed although each may be left out.
+        The PER_EXPERT arrays of Swiglu are listed although each may be left out.
         """
         tokens, hidden, inter, local = self.num_tokens, self.hidden_size, self.intermediate_size, self.local_num_experts
         rows, block = self.gemm1_rows, SCALE_BLOCK
         bf16 = self.hidden_states_are_bf16
         scale_shape = (tokens, hidden // block) if scale_is_token_major else (hidden // block, tokens)
         weights = None if self.topk_weights_dtype is DataType.NONE else self.topk_weights_dtype.name.lower()
+        per_expert = Array((local,), "float32") if self.activation_type is ActivationType.Swiglu else None
         return {
             "topk_ids": Array((tokens, self.top_k), "int32"),
-            "topk_weights": weights and Array((tokens, self.top_k), weights),
+            "topk_weights": Array((tokens, self.top_k), weights) if weights else None,
             "hidden_states": Array((tokens, hidden), "bfloat16" if bf16 else FLOAT8),
             "hidden_states_scale": None if bf16 else Array(scale_shape, "float32"),
             "gemm1_weights": self._weights(rows, hidden),
@@ -208,7 +230,7 @@ class Problem:
             "gemm2_weights": self._weights(hidden, inter),
             "gemm2_weights_scale": Array((local, hidden // block, inter // block), "float32"),
             "gemm1_lora_delta": Array((tokens, self.top_k, rows), "bfloat16") if self.has_gemm1_lora_delta else None,
-            **{name: Array((local,), "float32") for name in PER_EXPERT},
+            **{name: per_expert for name in PER_EXPERT},
         }
 
     def _weights(self, rows: int, columns: int) -> Array:
@@ -266,16 +288,12 @@ def abi_text() -> str:
 
 def _weight_rows(function: str, arrays: Mapping[str, Array | None], options: Options) -> tuple[int, int]:
     """Local experts and rows of gemm1_weights."""
+    rows = "2 * intermediate_size" if options.is_gated else "intermediate_size"
     if options.weight_layout is WeightLayout.BlockMajorK:
-        words = "[experts, hidden_size / 128, rows, 128]"
+        words = f"[experts, hidden_size / {SCALE_BLOCK}, {rows}, {SCALE_BLOCK}]"
         gemm1 = _array(function, arrays, "gemm1_weights", 4, (FLOAT8,), words)
         return gemm1.shape[0], gemm1.shape[2]
-    words = (
-        "[experts, 2 * intermediate_size, hidden_size]"
-        if options.is_gated
-        else "[experts, intermediate_size, hidden_size]"
-    )
-    gemm1 = _array(function, arrays, "gemm1_weights", 3, (FLOAT8,), words)
+    gemm1 = _array(function, arrays, "gemm1_weights", 3, (FLOAT8,), f"[experts, {rows}, hidden_size]")
     return gemm1.shape[0], gemm1.shape[1]
 
 

@@ -6,25 +6,32 @@ rows cost nothing. Imports neither jax nor torch nor the extension.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from . import layout
+from .enums import ActivationType, WeightLayout
+
 BLOCK = 128  # elements that share a scale
 E4M3_MAX = np.float32(448)
 MIN_SCALE = np.finfo(np.float32).tiny
+EPILOGUE_TILE_M = 64  # of shuffled weights
 E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 class Result(NamedTuple):
-    """Everything the op may return. Rows of gemm2_output that the map does not name are zero here."""
+    """Everything the op may return. Rows and columns of permuted rows that the map does not name are zero here."""
 
     output: NDArray  # [T, H]
     gemm2_output: NDArray  # [T*K, H]
-    expert_weights: NDArray  # bfloat16 [T, K]
+    expert_weights: NDArray  # bfloat16 [T, K], or topk_weights
     expanded_idx_to_permuted_idx: NDArray  # int32 [T*K], -1 where a slot makes no row
+    gemm1_activation_output: NDArray  # float8_e4m3fn [T*K, I]; without requantize float32
+    gemm1_activation_scale: NDArray  # float32 [I/128, T*K]; without requantize all 1
 
 
 def fp8_block_scale_routed_moe(
@@ -38,37 +45,55 @@ def fp8_block_scale_routed_moe(
     *,
     num_experts: int,
     local_expert_offset: int = 0,
+    topk_weights: NDArray | None = None,
+    activation_type: ActivationType = ActivationType.Swiglu,
+    weight_layout: WeightLayout = WeightLayout.MajorK,
+    use_shuffled_weight: bool = False,
+    gemm1_lora_delta: NDArray | None = None,
+    gemm1_alpha: NDArray | None = None,
+    gemm1_beta: NDArray | None = None,
+    gemm1_clamp_limit: NDArray | None = None,
     requantize: bool = True,
 ) -> Result:
     """The op on T tokens, K slots each, and L local experts.
 
-    topk_ids int32 [T, K] packed; hidden_states float8_e4m3fn [T, H] with hidden_states_scale float32 [H/128, T] (any
-    strides), or bfloat16 [T, H] without; gemm1_weights float8_e4m3fn [L, 2I, H], up rows then gate rows, scaled by
-    float32 [L, 2I/128, H/128]; gemm2_weights float8_e4m3fn [L, H, I], scaled by float32 [L, H/128, I/128].
+    topk_ids int32 [T, K], packed, or plain ids beside topk_weights (bfloat16 or float32 [T, K]); hidden_states
+    float8_e4m3fn [T, H] with hidden_states_scale float32 [H/128, T] (any strides), or bfloat16 [T, H] without;
+    gemm1_weights float8_e4m3fn [L, M, H] scaled by float32 [L, M/128, H/128], where M is 2I (up rows, then gate rows)
+    or with Relu2 and Identity I; gemm2_weights float8_e4m3fn [L, H, I] scaled by float32 [L, H/128, I/128]. In
+    BlockMajorK the weights are [L, K/128, rows, 128]. gemm1_lora_delta bfloat16 [T, K, M] is added before the
+    activation; gemm1_alpha, gemm1_beta and gemm1_clamp_limit, float32 [L], belong to Swiglu.
 
     requantize=True rounds where the op rounds (activations and bfloat16 hidden_states to 1x128 float8, gemm2_output and
     output to bfloat16); False rounds nowhere and returns float32.
     """
-    ids, weights = unpack_topk_ids(topk_ids)
+    ids, weights = unpack_topk_ids(topk_ids) if topk_weights is None else (topk_ids, topk_weights)
     experts = local_expert(ids, num_experts, local_expert_offset, len(gemm1_weights)).reshape(-1)
     expanded_to_permuted, permuted_to_expanded = permutation(experts)
-    top_k, hidden = topk_ids.shape[1], hidden_states.shape[1]
+    top_k, hidden, inter = topk_ids.shape[1], hidden_states.shape[1], gemm2_weights_scale.shape[2] * BLOCK
+    order = (weight_layout, use_shuffled_weight)
 
-    rows_dtype = ml_dtypes.bfloat16 if requantize else np.float32
+    rows_dtype, codes_dtype = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn) if requantize else (np.float32, np.float32)
     gemm2_output = np.zeros((experts.size, hidden), rows_dtype)
+    activation = np.zeros((experts.size, inter), codes_dtype)
+    activation_scale = np.zeros((experts.size, inter // BLOCK), np.float32)
     with np.errstate(all="ignore"):  # NaN and Inf are inputs like others
         x, x_scale = _operand(hidden_states, hidden_states_scale, requantize)
         for expert in np.unique(experts[experts >= 0]):
             rows = np.flatnonzero(experts[permuted_to_expanded] == expert)
-            token = permuted_to_expanded[rows] // top_k
-            g = block_scaled_matmul(x[token], x_scale[token], gemm1_weights[expert], gemm1_weights_scale[expert])
-            a, a_scale = swiglu(g), None
-            if requantize:
-                a, a_scale = quantize_1x128(a)
-            y = block_scaled_matmul(a, a_scale, gemm2_weights[expert], gemm2_weights_scale[expert])
+            token, slot = np.divmod(permuted_to_expanded[rows], top_k)
+            w1, w2 = (plain_weights(w[expert], *order) for w in (gemm1_weights, gemm2_weights))
+            g = block_scaled_matmul(x[token], x_scale[token], w1, gemm1_weights_scale[expert])
+            if gemm1_lora_delta is not None:
+                g += gemm1_lora_delta[token, slot].astype(np.float32)
+            parameters = (p if p is None else p[expert] for p in (gemm1_alpha, gemm1_beta, gemm1_clamp_limit))
+            a = activate(g, activation_type, *parameters)
+            codes, scale = quantize_1x128(a) if requantize else (a, None)
+            y = block_scaled_matmul(codes, scale, w2, gemm2_weights_scale[expert])
             gemm2_output[rows] = y.astype(rows_dtype)
+            activation[rows], activation_scale[rows] = codes, 1 if scale is None else scale
         output = weighted_sum(gemm2_output, expanded_to_permuted, weights).astype(rows_dtype)
-    return Result(output, gemm2_output, weights, expanded_to_permuted)
+    return Result(output, gemm2_output, weights, expanded_to_permuted, activation, activation_scale.T)
 
 
 def unpack_topk_ids(packed: NDArray) -> tuple[NDArray, NDArray]:
@@ -96,10 +121,13 @@ def permutation(experts: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def quantize_1x128(x: NDArray) -> tuple[NDArray, NDArray]:
-    """float [R, C] -> (float8_e4m3fn [R, C], float32 scale [R, C/128]), each scale the block's largest |x| / 448."""
+    """float [R, C] -> (float8_e4m3fn [R, C], float32 scale [R, C/128]), each scale the block's largest |x| / 448.
+
+    A NaN becomes a NaN code under the scale of the others.
+    """
     blocks = x.astype(np.float32).reshape(len(x), x.shape[1] // BLOCK, BLOCK)
     with np.errstate(all="ignore"):
-        scale = np.maximum(np.abs(blocks).max(axis=2) / E4M3_MAX, MIN_SCALE)
+        scale = np.maximum(np.fmax.reduce(np.abs(blocks), axis=2, initial=0) / E4M3_MAX, MIN_SCALE)
         q = np.clip(blocks / scale[:, :, None], -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
     return q.reshape(x.shape), scale
 
@@ -118,10 +146,45 @@ def block_scaled_matmul(a: NDArray, a_scale: NDArray | None, b: NDArray, b_scale
     return total
 
 
-def swiglu(g: NDArray) -> NDArray:
-    """[R, 2I], up half then gate half -> [R, I]: up * gate * sigmoid(gate)."""
+def plain_weights(w: NDArray, weight_layout: WeightLayout, use_shuffled_weight: bool) -> NDArray:
+    """Weights [..., rows, K] from those of any layout; BlockMajorK is [..., K/128, rows, 128]."""
+    if weight_layout is WeightLayout.BlockMajorK:
+        w = layout.from_block_major_k(w)
+    return layout.unshuffle_matrix_a(w, EPILOGUE_TILE_M) if use_shuffled_weight else w
+
+
+def activate(
+    g: NDArray,
+    activation_type: ActivationType,
+    alpha: np.float32 | NDArray | None = None,
+    beta: np.float32 | NDArray | None = None,
+    limit: np.float32 | NDArray | None = None,
+) -> NDArray:
+    """[R, M] -> [R, I]: up * gate * sigmoid(gate), up * gate * Phi(gate), max(x, 0)^2 or x. Gated: up half, then gate.
+
+    alpha, beta and limit are of Swiglu: gate is clamped to at most limit, up to at least -limit, then to at most limit
+    (a NaN stays one, a NaN limit does not clamp), sigmoid is of alpha * gate, and up + beta stands for up.
+    """
+    if activation_type is ActivationType.Identity:
+        return g
+    if activation_type is ActivationType.Relu2:
+        return np.where(g < 0, np.float32(0), g * g)
     up, gate = np.split(g, 2, axis=1)
-    return up * (gate / (1 + np.exp(-gate)))
+    if activation_type is ActivationType.Geglu:
+        return up * gate * normal_cdf(gate)
+    if limit is not None:
+        gate = np.where(gate > limit, limit, gate)
+        up = np.where(up < -limit, -limit, up)
+        up = np.where(up > limit, limit, up)
+    if beta is not None:
+        up = up + beta
+    return up * (gate / (1 + np.exp(-gate if alpha is None else -alpha * gate)))
+
+
+def normal_cdf(x: NDArray) -> NDArray:
+    """float32 [...] -> float32 [...]: the exact Gaussian distribution function Phi, rounded once."""
+    erfc = np.frompyfunc(math.erfc, 1, 1)(x.astype(np.float64) * -math.sqrt(0.5))
+    return (np.asarray(erfc, np.float64) * 0.5).astype(np.float32)
 
 
 def weighted_sum(gemm2_output: NDArray, expanded_to_permuted: NDArray, weights: NDArray) -> NDArray:

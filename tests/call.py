@@ -13,21 +13,12 @@ from numpy.typing import NDArray
 from jax_moe import native
 from jax_moe.problem import INPUTS, OUTPUTS, Problem
 
-# The weakest alignment that each buffer may have; 16 for those not listed.
-ALIGNMENTS = {
-    "topk_ids": 4,
-    "hidden_states_scale": 4,
-    "gemm1_weights_scale": 4,
-    "gemm2_weights_scale": 4,
-    "local_expert_offset": 4,
-    "expert_weights": 2,
-    "expanded_idx_to_permuted_idx": 4,
-    "workspace": 1,
-}
-
-
-def alignment(name: str) -> int:
-    return ALIGNMENTS.get(name, 16)
+# Buffers that may start at any multiple of their element; the others start at multiples of 16 bytes.
+ALIGNED_TO_ELEMENTS = frozenset(
+    "topk_ids topk_weights hidden_states_scale gemm1_weights_scale gemm2_weights_scale gemm1_alpha gemm1_beta "
+    "gemm1_clamp_limit local_expert_offset expert_weights expanded_idx_to_permuted_idx workspace".split()
+)
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "int32": np.int32, "float32": np.float32, "uint8": np.uint8}
 
 
 class Call:
@@ -50,6 +41,7 @@ class Call:
         self.problem: Problem = cases.problem(case, self.given, offset_on_device)
         self.memory = memory or Host()
         self.odd, self.watched = odd, watched
+        self.alignment: dict[str, int] = {}  # the weakest that each buffer may have
         self.inputs: dict[str, Block] = {}
         self.written: dict[str, NDArray] = {}
         for name, array in self.given.items():
@@ -60,9 +52,9 @@ class Call:
         self.outputs: dict[str, Block] = {}
         for name, shape in self.problem.outputs().items():
             if shape is not None:
-                nbytes = int(np.prod(shape.shape)) * (4 if shape.dtype == "int32" else 2)
-                self.outputs[name] = self._block(name, nbytes, OUTPUT_GUARD)
-        self.outputs["workspace"] = self._block("workspace", native.workspace_bytes(self.problem), OUTPUT_GUARD)
+                item = np.dtype(DTYPES[shape.dtype]).itemsize
+                self.outputs[name] = self._block(name, int(np.prod(shape.shape)) * item, item, OUTPUT_GUARD)
+        self.outputs["workspace"] = self._block("workspace", native.workspace_bytes(self.problem), 1, OUTPUT_GUARD)
         if watched:
             self.poison()
 
@@ -70,7 +62,7 @@ class Call:
         """The next runs read this array; its buffer stays where it is when it has one."""
         data = self.written[name] = flat_bytes(array)
         if name not in self.inputs:
-            self.inputs[name] = self._block(name, data.size, INPUT_GUARD)
+            self.inputs[name] = self._block(name, data.size, array.dtype.itemsize, INPUT_GUARD)
         self.inputs[name].write(data)
 
     def poison(self, byte: int = POISON) -> None:
@@ -89,9 +81,8 @@ class Call:
     def results(self) -> dict[str, NDArray]:
         """The outputs without the workspace; fails when a byte beside one of the buffers was written."""
         self.outputs["workspace"].check_guards("workspace")
-        dtypes = {"bfloat16": ml_dtypes.bfloat16, "int32": np.int32}
         return {
-            name: self.outputs[name].read(dtypes[expected.dtype], expected.shape, name)
+            name: self.outputs[name].read(DTYPES[expected.dtype], expected.shape, name)
             for name, expected in self.problem.outputs().items()
             if expected is not None
         }
@@ -108,5 +99,7 @@ class Call:
             if not np.array_equal(block.read(np.uint8, (block.nbytes,), name), self.written[name])
         ]
 
-    def _block(self, name: str, nbytes: int, guard: int) -> Block:
-        return Block(self.memory, nbytes, alignment(name) if self.odd else 0, guard if self.watched else None)
+    def _block(self, name: str, nbytes: int, item: int, guard: int) -> Block:
+        self.alignment[name] = item if name in ALIGNED_TO_ELEMENTS else 16
+        shift = self.alignment[name] if self.odd else 0
+        return Block(self.memory, nbytes, shift, guard if self.watched else None)

@@ -7,18 +7,19 @@ Cases of size "small" run everywhere, "large" ones (real layer shapes, offsets p
 from __future__ import annotations
 
 import dataclasses
-import functools
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
+import inputs
 import ml_dtypes
 import numpy as np
+import pairwise
 import routings
 from extremes import EXTREMES
 from numpy.typing import NDArray
 
 from jax_moe import reference
+from jax_moe.enums import ActivationType, WeightLayout
 from jax_moe.problem import FLOAT8, Array, Options, Problem
 from jax_moe.shapes import SHAPES
 
@@ -41,6 +42,12 @@ class Case:
     x_dtype: str = FLOAT8  # or "bfloat16"
     scale_order: str = "block_major"  # or "token_major", "padded"
     do_finalize: bool = True
+    topk_weights: str = "packed"  # or "bfloat16", "float32": apart from the ids
+    activation: ActivationType = ActivationType.Swiglu
+    per_expert: tuple[str, ...] = ()  # which of problem.PER_EXPERT are given
+    weight_layout: WeightLayout = WeightLayout.MajorK
+    shuffled: bool = False
+    lora: bool = False
     extreme: str = "none"  # extremes.EXTREMES
     size: str = "small"
     seed: int = 0
@@ -52,6 +59,21 @@ class Case:
     @property
     def local(self) -> int:
         return self.window[1] if self.window else self.experts
+
+    @property
+    def gemm1_rows(self) -> int:
+        gated = self.activation in (ActivationType.Swiglu, ActivationType.Geglu)
+        return 2 * self.inter if gated else self.inter
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the inputs do not show, by the names of the documented signature."""
+        return {
+            "do_finalize": self.do_finalize,
+            "activation_type": self.activation,
+            "weight_layout": self.weight_layout,
+            "use_shuffled_weight": self.shuffled,
+        }
 
 
 def _layer(layer: str, tokens: int, **changes: Any) -> Case:
@@ -101,9 +123,82 @@ def _small_cases() -> list[Case]:
         Case("one_expert_many_blocks", 2100, 128, 128, 4, 1, routing="one_expert"),
         Case("blocks_t700", 700, 128, 128, 3, 3, weights="signed"),
     ]
+    return cases
+
+
+ALPHA, BETA, CLAMP = "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"
+BLOCKED: dict[str, Any] = {"weight_layout": WeightLayout.BlockMajorK}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "geglu": {"activation": ActivationType.Geglu},
+    "relu2": {"activation": ActivationType.Relu2},
+    "identity": {"activation": ActivationType.Identity},
+    "alpha": {"per_expert": (ALPHA,)},
+    "beta": {"per_expert": (BETA,)},
+    "clamp": {"per_expert": (CLAMP,)},
+    "alpha_beta": {"per_expert": (ALPHA, BETA)},
+    "alpha_clamp": {"per_expert": (ALPHA, CLAMP)},
+    "beta_clamp": {"per_expert": (BETA, CLAMP)},
+    "alpha_beta_clamp": {"per_expert": (ALPHA, BETA, CLAMP)},
+    "shuffled": {"shuffled": True},
+    "blocked": BLOCKED,
+    "blocked_shuffled": BLOCKED | {"shuffled": True},
+    "apart_bf16": {"topk_weights": "bfloat16"},
+    "apart_f32": {"topk_weights": "float32"},
+    "lora": {"lora": True},
+}
+
+# What is combined in pairs: one choice of each factor makes a case.
+FACTORS: tuple[dict[str, dict[str, Any]], ...] = (
+    {"": {}} | {name: OPTIONS[name] for name in "alpha beta clamp alpha_beta_clamp geglu relu2 identity".split()},
+    {"": {}} | {name: OPTIONS[name] for name in ("shuffled", "blocked", "blocked_shuffled")},
+    {"": {}, "token_major": {"scale_order": "token_major"}, "padded": {"scale_order": "padded"}}
+    | {"bf16": {"x_dtype": "bfloat16"}},
+    {"": {}} | {name: OPTIONS[name] for name in ("apart_bf16", "apart_f32")},
+    {"": {}, "lora": {"lora": True}},
+    {"": {}, "unfinalized": {"do_finalize": False}},
+    {"": {}, "window": {"window": (3, 9)}},
+    {name: {"routing": name} for name in ("uniform", "mixed", "one_expert")},
+    {f"t{tokens}": {"tokens": tokens} for tokens in (1, 19, 130)},
+    {f"h{h}_i{i}": {"hidden": h, "inter": i} for h, i in ((128, 128), (384, 256), (256, 384))},
+)
+
+
+def _option_cases() -> list[Case]:
+    """Each option alone, at some sizes, and all of them in pairs."""
+    cases = [Case(name, 53, 256, 256, 8, 3, **option) for name, option in OPTIONS.items()]
+    for name in ("relu2", "lora", "blocked_shuffled", "alpha_beta_clamp", "apart_f32"):
+        cases += [Case(f"{name}_t{tokens}", tokens, 384, 128, **OPTIONS[name]) for tokens in (0, 1, 257)]
+        cases.append(Case(f"{name}_e300", 53, 128, 128, 300, 8, (31, 200), "mixed", **OPTIONS[name]))
+    cases += [
+        Case(f"apart_{routing}", 53, 256, 128, 16, 4, (5, 7), routing, topk_weights="float32", weights="signed")
+        for routing in ("invalid", "garbage", "padding", "none_local", "duplicates")
+    ]
+    cases += [
+        Case("lora_unfinalized", 53, 256, 256, 16, 4, (3, 9), "mixed", lora=True, do_finalize=False),
+        Case("lora_unfinalized_t0", 0, lora=True, do_finalize=False),
+        Case("apart_unfinalized_t0", 0, topk_weights="float32", do_finalize=False),
+        Case("lora_identity_one_expert", 300, 128, 128, 4, 1, routing="one_expert", lora=True, **OPTIONS["identity"]),
+    ]
+    for number, row in enumerate(pairwise.rows([len(factor) for factor in FACTORS])):
+        chosen = [list(factor.items())[choice] for factor, choice in zip(FACTORS, row, strict=True)]
+        changes: dict[str, Any] = {"experts": 16, "top_k": 4, "weights": "signed", "seed": number % 3}
+        for _, change in chosen:
+            changes |= change
+        name = "_".join(label for label, _ in chosen if label)
+        cases.append(Case(f"pair_{name}", **changes))
+    return cases
+
+
+def _extreme_cases() -> list[Case]:
+    cases = []
     for name in EXTREMES:
-        x_dtype = "bfloat16" if name == "inf_x" else FLOAT8  # float8 has no Inf
-        cases.append(Case(f"extreme_{name}", 33, 256, 256, 8, 3, x_dtype=x_dtype, extreme=name))
+        changes: dict[str, Any] = {"x_dtype": "bfloat16"} if name == "inf_x" else {}  # float8 has no Inf
+        option = max((option for option in OPTIONS if name.endswith(f"_{option}")), key=len, default="")
+        changes |= OPTIONS.get(option, {})
+        cases.append(Case(f"extreme_{name}", 33, 256, 256, 8, 3, extreme=name, **changes))
+    for option in ("geglu", "relu2", "identity", "alpha_beta_clamp", "apart_f32", "lora"):
+        for name in ("nan_x_scale", "inf_x_scale", "nan_gemm1_code", "large", "tiny"):
+            cases.append(Case(f"extreme_{name}_{option}", 33, 256, 256, 8, 3, extreme=name, **OPTIONS[option]))
     cases += [
         Case("extreme_nan_x_bf16", 33, 256, 256, 8, 3, x_dtype="bfloat16", extreme="nan_x"),
         Case("extreme_zero_x_bf16", 33, 256, 256, 8, 3, x_dtype="bfloat16", extreme="zero_x"),
@@ -127,26 +222,44 @@ def _large_cases() -> list[Case]:
         Case("past_2_31_inter", 140000, 256, 2048, 16, 8, size="large"),
         Case("many_tokens_one_local", 200000, 256, 256, 64, 8, (17, 1), size="large"),
         Case("many_experts", 4096, 256, 256, 4000, 32, routing="mixed", size="large"),
+        _layer("dsv3_ep8", 256, name="dsv3_ep8_blocked_shuffled", **OPTIONS["blocked_shuffled"]),
+        _layer("dsv3_ep8", 16, name="dsv3_ep8_lora_apart", lora=True, do_finalize=False, topk_weights="float32"),
+        _layer("qwen3_30b", 2048, name="qwen3_30b_lora", lora=True),
+        _layer("qwen3_30b", 200, name="qwen3_30b_relu2_blocked", **BLOCKED, **OPTIONS["relu2"]),
+        _layer("qwen3_30b", 1024, name="qwen3_30b_clamped", **OPTIONS["alpha_beta_clamp"]),
+        Case("past_2_31_lora", 40000, 256, 3584, 16, 8, lora=True, size="large"),
     ]
     return cases
 
 
-CASES: dict[str, Case] = {case.name: case for case in _small_cases() + _large_cases()}
+ALL = (*_small_cases(), *_option_cases(), *_extreme_cases(), *_large_cases())
+CASES: dict[str, Case] = {case.name: case for case in ALL}
 SMALL = tuple(case for case in CASES.values() if case.size == "small")
 LARGE = tuple(case for case in CASES.values() if case.size == "large")
 
 
 def arrays(case: Case) -> Arrays:
-    """The inputs by name; hidden_states_scale is [H/128, T] with the strides that scale_order asks for."""
+    """The inputs by name, those of options only where the case has them.
+
+    hidden_states_scale is [H/128, T] with the strides that scale_order asks for.
+    """
     rng = np.random.default_rng(case.seed)
-    x, scale = _activations(rng, case.tokens, case.hidden)
-    result: Arrays = dict(_weights(case.local, case.hidden, case.inter, case.seed))
-    result["topk_ids"] = routings.topk_ids(case, rng)
+    x, scale = inputs.activations(rng, case.tokens, case.hidden)
+    result: Arrays = dict(inputs.weights(case.local, case.hidden, case.gemm1_rows, case.inter, case.seed))
+    for name in ("gemm1_weights", "gemm2_weights"):
+        result[name] = inputs.in_layout(result[name], case)
+    packed = routings.topk_ids(case, rng)
     if case.x_dtype == "bfloat16":
         dequantized = x.astype(np.float32) * np.repeat(scale, reference.BLOCK, axis=1)
         result |= {"hidden_states": dequantized.astype(ml_dtypes.bfloat16), "hidden_states_scale": None}
     else:
-        result |= {"hidden_states": x, "hidden_states_scale": _ordered(scale, case.scale_order)}
+        result |= {"hidden_states": x, "hidden_states_scale": inputs.ordered_scale(scale, case.scale_order)}
+    rng = np.random.default_rng([case.seed, 2])
+    ids, weights = routings.apart(case, packed, rng)
+    result |= {"topk_ids": packed} if case.topk_weights == "packed" else {"topk_ids": ids, "topk_weights": weights}
+    result |= inputs.per_expert(case, rng)
+    if case.lora:
+        result["gemm1_lora_delta"] = inputs.lora_delta(case, ids, rng)
     if case.extreme != "none":
         EXTREMES[case.extreme](result)
     return result
@@ -158,7 +271,7 @@ def problem(case: Case, given: Mapping[str, NDArray | None], offset_on_device: b
     return Problem.create(
         "test",
         {name: describe(array) for name, array in given.items()},
-        Options.parse("test", do_finalize=case.do_finalize),
+        Options.parse("test", **case.options),
         num_experts=case.experts,
         local_expert_offset=None if offset_on_device else case.offset,
         scale_strides=None if scale is None else (scale.strides[0] // 4, scale.strides[1] // 4),
@@ -171,58 +284,22 @@ def describe(array: NDArray | None) -> Array | None:
 
 def expected(case: Case, given: Arrays, tokens: NDArray | None = None, requantize: bool = True) -> reference.Result:
     """The reference's results, of all tokens or of the chosen ones."""
-    chosen = slice(None) if tokens is None else tokens
-    scale = given["hidden_states_scale"]
-    inputs = given | {
-        "topk_ids": given["topk_ids"][chosen],
-        "hidden_states": given["hidden_states"][chosen],
-        "hidden_states_scale": None if scale is None else scale[:, chosen],
-    }
+    options = {name: value for name, value in case.options.items() if name != "do_finalize"}
     return reference.fp8_block_scale_routed_moe(
-        **inputs, num_experts=case.experts, local_expert_offset=case.offset, requantize=requantize
+        **(given if tokens is None else of_tokens(given, tokens)),
+        **options,
+        num_experts=case.experts,
+        local_expert_offset=case.offset,
+        requantize=requantize,
     )
 
 
-@functools.cache
-def _normal_codes() -> NDArray:
-    """65536 float8 codes distributed as a normal of standard deviation 448 / 4.5."""
-    normal = statistics.NormalDist(0, 448 / 4.5)
-    values = [normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)]
-    return np.array(values, np.float32).astype(ml_dtypes.float8_e4m3fn)
-
-
-@functools.lru_cache(maxsize=1)
-def _weights(experts: int, hidden: int, inter: int, seed: int) -> Mapping[str, NDArray]:
-    """Normal weights with another magnitude in each 128x128 block. More than 16 experts repeat codes, never scales."""
-    rng = np.random.default_rng([seed, 1])
-    result = {}
-    for name, rows, columns in (("gemm1_weights", 2 * inter, hidden), ("gemm2_weights", hidden, inter)):
-        codes = _normal_codes()[rng.integers(0, 65536, (min(experts, 16), rows, columns), np.uint16)]
-        blocks = (experts, rows // reference.BLOCK, columns // reference.BLOCK)
-        magnitude = np.exp2(rng.uniform(-2, 2, blocks)) / np.sqrt(columns)
-        result[name] = codes[np.arange(experts) % 16] if experts > 16 else codes
-        result[f"{name}_scale"] = (magnitude * 4.5 / 448).astype(np.float32)
-    for array in result.values():
-        array.flags.writeable = False  # shared between cases
-    return result
-
-
-def _activations(rng: np.random.Generator, tokens: int, hidden: int) -> tuple[NDArray, NDArray]:
-    """1x128-quantised normal rows; past 1021 tokens codes repeat, with other scales."""
-    rows = min(tokens, 1021)
-    x = rng.standard_normal((rows, hidden), np.float32)
-    x *= np.repeat(np.exp2(rng.uniform(-1, 1, (rows, hidden // reference.BLOCK))), reference.BLOCK, axis=1)
-    codes, scale = reference.quantize_1x128(x)
-    row = np.arange(tokens) % max(rows, 1)
-    return codes[row], scale[row] * rng.uniform(0.7, 1.4, (tokens, 1)).astype(np.float32)
-
-
-def _ordered(scale: NDArray, order: str) -> NDArray:
-    """[T, H/128] as an [H/128, T] array of the wanted memory order; gaps hold NaN."""
-    if order == "token_major":
-        return np.ascontiguousarray(scale).T
-    if order == "padded":
-        memory = np.full((scale.shape[1], 2 * len(scale) + 3), np.nan, np.float32)
-        memory[:, : 2 * len(scale) : 2] = scale.T
-        return memory[:, : 2 * len(scale) : 2]
-    return np.ascontiguousarray(scale.T)
+def of_tokens(given: Arrays, tokens: Any) -> Arrays:
+    """The inputs of a call of those tokens alone (indices or a slice)."""
+    scale = given["hidden_states_scale"]
+    changed = {"hidden_states_scale": None if scale is None else scale[:, tokens]}
+    for name in ("topk_ids", "topk_weights", "hidden_states", "gemm1_lora_delta"):
+        array = given.get(name)
+        if array is not None:
+            changed[name] = array[tokens]
+    return given | changed

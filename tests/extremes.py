@@ -54,6 +54,13 @@ def _nan_weight(arrays: Arrays) -> None:
     packed[3, 0] = (packed[3, 0] & ~0xFFFF) | int(bits)
 
 
+def _cancelling_weights(arrays: Arrays) -> None:
+    """Two slots of a token name one expert with float32 weights that differ by less than bfloat16 tells apart."""
+    ids, weights = _copy(arrays, "topk_ids"), _copy(arrays, "topk_weights")
+    ids[:, 1], ids[:, 2] = ids[:, 0], -1
+    weights[:, 0], weights[:, 1] = 1 + 2.0**-12, -1
+
+
 def _zero_x(arrays: Arrays) -> None:
     """Two tokens of zeros: their activations have no largest value to scale by."""
     _copy(arrays, "hidden_states")[[1, 4]] = 0
@@ -67,6 +74,7 @@ def _copy(arrays: Arrays, name: str) -> NDArray:
     return copied
 
 
+# A name may end with "_" and the option of cases.OPTIONS that it needs.
 # "tiny" brings activations to 1e-37, where their scale is the smallest normal float32; the second GEMM's scale makes up
 # for it. "large" and "small" stay inside bfloat16 at the end.
 EXTREMES: dict[str, Callable[[Arrays], None]] = {
@@ -81,6 +89,22 @@ EXTREMES: dict[str, Callable[[Arrays], None]] = {
     "nan_gemm1_code": _set_code("gemm1_weights", (1, 17, 130)),
     "nan_gemm2_code": _set_code("gemm2_weights", (1, 200, 5)),
     "nan_routing_weight": _nan_weight,
+    "nan_apart_f32": _set("topk_weights", (3, 0), np.nan),
+    "cancelling_apart_f32": _cancelling_weights,
+    "nan_alpha": _set("gemm1_alpha", (2,), np.nan),
+    "zero_alpha": _set("gemm1_alpha", (2,), 0),
+    "negative_alpha": _set("gemm1_alpha", (2,), -1.5),
+    "huge_alpha": _set("gemm1_alpha", (2,), 1e30),
+    "nan_beta": _set("gemm1_beta", (2,), np.nan),
+    "inf_beta": _set("gemm1_beta", (2,), np.inf),
+    "huge_beta": _set("gemm1_beta", (2,), -1e6),
+    "zero_clamp": _set("gemm1_clamp_limit", (2,), 0),
+    "negative_clamp": _set("gemm1_clamp_limit", (2,), -0.5),
+    "inf_clamp": _set("gemm1_clamp_limit", (2,), np.inf),
+    "nan_clamp": _set("gemm1_clamp_limit", (2,), np.nan),
+    "zero_alpha_beta_clamp": _set("gemm1_clamp_limit", (2,), 0),
+    "nan_lora": _set("gemm1_lora_delta", (5, 1, 7), np.nan),
+    "inf_lora": _set("gemm1_lora_delta", (5, 1, 7), np.inf),
     "zero_x": _zero_x,
     "tiny": _scale(hidden_states_scale=2.0**-62, gemm2_weights_scale=2.0**30),
     "large": _scale(hidden_states_scale=2.0**20, gemm1_weights_scale=2.0**12, gemm2_weights_scale=2.0**30),

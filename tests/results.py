@@ -6,10 +6,14 @@ from collections.abc import Mapping
 
 import cases
 import compare
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from jax_moe import reference
+
+# Against the reference's codes times scales: a value near the middle of two codes may take the other one.
+ACTIVATION = compare.Tolerance(1e-2, 0.25)
 
 
 def assert_matches(
@@ -17,33 +21,55 @@ def assert_matches(
 ) -> None:
     """`results` by the names of problem.OUTPUTS; of a large case only the chosen `tokens` are looked at.
 
-    Without do_finalize the map must be the reference's, and every row that it names must be right.
+    The map, where there is one, must be the reference's, and every permuted row that it names must be right.
     """
     if tokens is not None:
         results = _only(case, given, results, tokens)
     requantized = cases.expected(case, given, tokens)
-    if case.do_finalize:
+    if "output" in results:
         compare.assert_close(results["output"], requantized.output, "output")
         if case.extreme == "none" and case.size == "small":
             exact = cases.expected(case, given, tokens, requantize=False)
             compare.assert_close(results["output"], exact.output, "output, unquantized", compare.UNQUANTIZED)
+    if "expert_weights" in results:
+        compare.assert_same_bits(results["expert_weights"], requantized.expert_weights, "expert_weights")
+    row_of = results.get("expanded_idx_to_permuted_idx")
+    if row_of is None:
         return
-    row_of = results["expanded_idx_to_permuted_idx"]
     assert np.array_equal(row_of, requantized.expanded_idx_to_permuted_idx), "expanded_idx_to_permuted_idx differs"
-    compare.assert_same_bits(results["expert_weights"], requantized.expert_weights, "expert_weights")
-    rows = np.count_nonzero(row_of >= 0)
-    compare.assert_close(results["gemm2_output"][:rows], requantized.gemm2_output[:rows], "gemm2_output")
+    rows = int(np.count_nonzero(row_of >= 0))
+    if "gemm2_output" in results:
+        compare.assert_close(results["gemm2_output"][:rows], requantized.gemm2_output[:rows], "gemm2_output")
+    if "gemm1_activation_output" in results:
+        codes, scale = results["gemm1_activation_output"], results["gemm1_activation_scale"][:, :rows]
+        assert_same_activation(codes[:rows].view(ml_dtypes.float8_e4m3fn), scale, requantized, rows)
+
+
+def assert_same_activation(codes: NDArray, scale: NDArray, expected: reference.Result, rows: int) -> None:
+    """float8 codes [rows, I] and scale [I/128, rows]: each scale, and the codes times them."""
+    expected_scale = expected.gemm1_activation_scale[:, :rows]
+    np.testing.assert_allclose(scale, expected_scale, rtol=0.01, err_msg="gemm1_activation_scale")
+    with np.errstate(all="ignore"):
+        actual, wanted = (
+            q.astype(np.float32) * np.repeat(s.T, reference.BLOCK, axis=1)
+            for q, s in ((codes, scale), (expected.gemm1_activation_output[:rows], expected_scale))
+        )
+    compare.assert_close(actual, wanted, "gemm1_activation_output", ACTIVATION)
 
 
 def assert_same_results(results: Mapping[str, NDArray], others: Mapping[str, NDArray]) -> None:
-    """Bit for bit, but for rows of gemm2_output that the map does not name."""
+    """Bit for bit, but for permuted rows that the map does not name."""
     assert results.keys() == others.keys()
     for name, array in results.items():
-        other = others[name]
-        if name == "gemm2_output":
-            rows = np.count_nonzero(results["expanded_idx_to_permuted_idx"] >= 0)
-            array, other = array[:rows], other[:rows]
-        compare.assert_same_bits(array, other, name)
+        compare.assert_same_bits(named(name, array, results), named(name, others[name], results), name)
+
+
+def named(name: str, array: NDArray, results: Mapping[str, NDArray]) -> NDArray:
+    """The part of a result that the map of `results` names: rows, or columns of gemm1_activation_scale."""
+    if name in ("gemm2_output", "gemm1_activation_output", "gemm1_activation_scale"):
+        rows = np.count_nonzero(results["expanded_idx_to_permuted_idx"] >= 0)
+        return array[:, :rows] if name == "gemm1_activation_scale" else array[:rows]
+    return array
 
 
 def chosen_tokens(case: cases.Case, count: int = 8) -> NDArray:
@@ -55,17 +81,22 @@ def chosen_tokens(case: cases.Case, count: int = 8) -> NDArray:
 
 def _only(case: cases.Case, given: cases.Arrays, results: Mapping[str, NDArray], tokens: NDArray) -> dict[str, NDArray]:
     """The results that a call of the chosen tokens alone would give; checks the whole map on the way."""
-    if case.do_finalize:
-        return {"output": results["output"][tokens]}
+    chosen = {name: results[name][tokens] for name in ("output", "expert_weights") if name in results}
+    row_of = results.get("expanded_idx_to_permuted_idx")
+    if row_of is None:
+        return chosen
     assert given["topk_ids"] is not None
-    ids, _ = reference.unpack_topk_ids(given["topk_ids"])
+    ids = (
+        given["topk_ids"] if given.get("topk_weights") is not None else reference.unpack_topk_ids(given["topk_ids"])[0]
+    )
     experts = reference.local_expert(ids, case.experts, case.offset, case.local)
-    row_of = results["expanded_idx_to_permuted_idx"]
     assert np.array_equal(row_of, reference.permutation(experts.reshape(-1))[0]), "expanded_idx_to_permuted_idx differs"
     row_of = row_of.reshape(case.tokens, case.top_k)[tokens].reshape(-1)
     map_of_chosen, order = reference.permutation(experts[tokens].reshape(-1))
-    return {
-        "gemm2_output": results["gemm2_output"][row_of[order]],
-        "expert_weights": results["expert_weights"][tokens],
-        "expanded_idx_to_permuted_idx": map_of_chosen,
-    }
+    chosen["expanded_idx_to_permuted_idx"] = map_of_chosen
+    for name in ("gemm2_output", "gemm1_activation_output"):
+        if name in results:
+            chosen[name] = results[name][row_of[order]]
+    if "gemm1_activation_scale" in results:
+        chosen["gemm1_activation_scale"] = results["gemm1_activation_scale"][:, row_of[order]]
+    return chosen

@@ -1,4 +1,4 @@
-"""How the tokens of a case choose their experts: functions from a case to expert ids, and their packing."""
+"""How the tokens of a case choose their experts: functions from a case to packed ids, and ids apart from weights."""
 
 from __future__ import annotations
 
@@ -24,6 +24,30 @@ def pack(ids: NDArray, weights: NDArray) -> NDArray:
     """(id << 16) | bfloat16 bits of the weight, as int32."""
     bits = weights.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
     return ((ids.astype(np.int64) & 0xFFFF).astype(np.uint32) << 16 | bits).view(np.int32)
+
+
+def apart(case: Case, packed: NDArray, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
+    """The same choice as (ids int32, weights of the dtype that the case asks for).
+
+    An id that is no expert becomes any of 32 bits that is none either, and its weight NaN.
+    """
+    ids, weights = packed >> 16, (packed & 0xFFFF).astype(np.uint16).view(ml_dtypes.bfloat16)
+    no_expert = (ids < 0) | (ids >= case.experts)
+    few = rng.integers(0, case.experts, ids.shape)
+    beyond = [
+        few + 2**16,
+        few - 2**16,
+        (few % 1000 + 1) << 16,
+        -1 - few,
+        case.experts + few,
+        2**31 - 1 - few,
+        few - 2**31,
+    ]
+    ids = np.where(no_expert, np.choose(rng.integers(0, len(beyond), ids.shape), beyond), ids)
+    dtype = ml_dtypes.bfloat16 if case.topk_weights == "bfloat16" else np.float32
+    with np.errstate(invalid="ignore"):  # NaN of any kind
+        fine = np.where(no_expert, np.nan, weights.astype(np.float32)) * rng.uniform(0.99, 1.01, ids.shape)
+        return ids.astype(np.int32), fine.astype(dtype)
 
 
 def weights(case: Case, rng: np.random.Generator) -> NDArray:

@@ -13,7 +13,7 @@ import compare
 import numpy as np
 import pytest
 import routings
-from call import Call, alignment
+from call import Call
 from cases import CASES, SMALL, Case
 from hypothesis import given, note
 from hypothesis import strategies as st
@@ -26,8 +26,12 @@ from jax_moe import native, problem, reference
 every_small_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 SOME = [
     CASES[name]
-    for name in ("t53", "bf16_t53", "routing_mixed_window", "unfinalized_window", "scale_padded_t7", "h896_i384")
+    for name in (
+        "t53 bf16_t53 routing_mixed_window unfinalized_window scale_padded_t7 h896_i384 relu2 alpha_beta_clamp "
+        "blocked_shuffled apart_f32 lora lora_unfinalized"
+    ).split()
 ]
+REFUSING = ("t7", "unfinalized", "bf16_t7", "alpha_beta_clamp", "apart_bf16", "apart_f32", "lora_unfinalized")
 some_cases = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 
 
@@ -72,12 +76,7 @@ def test_a_token_does_not_depend_on_the_others_of_its_batch(case):
     whole = call.run()["output"]
     for token in range(0, case.tokens, 5):
         row = slice(token, token + 1)
-        scale = call.given["hidden_states_scale"]
-        alone = call.given | {
-            "topk_ids": call.given["topk_ids"][row],
-            "hidden_states": call.given["hidden_states"][row],
-            "hidden_states_scale": None if scale is None else scale[:, row],
-        }
+        alone = cases.of_tokens(call.given, row)
         output = Call(dataclasses.replace(case, tokens=1), alone).run()["output"]
         compare.assert_same_bits(output, whole[row], f"token {token}")
 
@@ -86,7 +85,9 @@ def test_a_token_does_not_depend_on_the_others_of_its_batch(case):
 def test_unfinalized_results_make_the_finalized_output(case):
     """The weighted sum of the rows that the map names is what do_finalize gives, but for the last bit."""
     call = Call(case)
-    rows, weights, row_of = (call.run()[name] for name in call.problem.returned())
+    results = call.run()
+    rows, row_of = results["gemm2_output"], results["expanded_idx_to_permuted_idx"]
+    weights = results.get("expert_weights", call.given.get("topk_weights"))
     with np.errstate(all="ignore"):
         rebuilt = reference.weighted_sum(rows, row_of, weights).astype(rows.dtype)
     whole = dataclasses.replace(case, do_finalize=True)
@@ -97,7 +98,8 @@ def test_unfinalized_results_make_the_finalized_output(case):
 def test_the_map_numbers_all_rows_by_expert_then_by_slot(case):
     call = Call(case)
     row_of = call.run()["expanded_idx_to_permuted_idx"]
-    ids = (call.given["topk_ids"] >> 16).reshape(-1)
+    packed = "topk_weights" not in call.given
+    ids = (call.given["topk_ids"] >> (16 if packed else 0)).reshape(-1)
     local = (ids >= case.offset) & (ids < case.offset + case.local)
     assert np.all(row_of[~local] == -1)
     slots = np.flatnonzero(local)
@@ -122,16 +124,18 @@ def test_any_bit_pattern_of_an_offset_in_memory_is_safe(offset):
     assert_matches(moved, call.given, call.run())
 
 
-@pytest.mark.parametrize("case", [CASES["t7"], CASES["unfinalized"], CASES["bf16_t7"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[name] for name in REFUSING], ids=lambda case: case.name)
 def test_a_buffer_that_is_too_small_or_absent_or_misaligned_is_refused_by_name(case):
     call = Call(case)
     pointers, sizes = call.pointers_and_sizes()
     for index, name in enumerate((*problem.INPUTS, *problem.OUTPUTS)):
         if not sizes[index]:
             continue
-        changes = [(pointers[index], sizes[index] - 1), (0, sizes[index]), (0, 0)]
-        if alignment(name) > 1:
-            changes.append((pointers[index] + alignment(name) // 2, sizes[index]))
+        changes = [(pointers[index], sizes[index] - 1)]
+        if name not in problem.PER_EXPERT:
+            changes += [(0, sizes[index]), (0, 0)]
+        if call.alignment[name] > 1:
+            changes.append((pointers[index] + call.alignment[name] // 2, sizes[index]))
         for pointer, size in changes:
             changed = [list(pointers), list(sizes)]
             changed[0][index], changed[1][index] = pointer, size
@@ -142,19 +146,19 @@ def test_a_buffer_that_is_too_small_or_absent_or_misaligned_is_refused_by_name(c
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "error", "words"),
     [
-        ({"fp8_quantization_type": problem.Fp8QuantizationType.MxFp8}, "fp8_quantization_type"),
-        ({"activation_type": problem.ActivationType.Geglu}, "activation_type"),
-        ({"weight_layout": problem.WeightLayout.BlockMajorK}, "weight_layout"),
-        ({"use_shuffled_weight": True}, "weight_layout"),
+        ({"fp8_quantization_type": problem.Fp8QuantizationType.MxFp8}, NotImplementedError, "fp8_quantization_type"),
+        ({"weight_layout": problem.WeightLayout.MajorMn}, ValueError, "weight_layout must"),
+        ({"activation_type": 5}, ValueError, "activation_type must"),
+        ({"topk_weights_dtype": problem.DataType.FLOAT8_E4M3}, ValueError, "topk_weights must"),
     ],
     ids=str,
 )
-def test_an_option_that_the_build_lacks_is_refused_in_cpp_too(changes, words):
+def test_an_option_that_the_build_lacks_is_refused_in_cpp_too(changes, error, words):
     call = Call(CASES["t7"])
     call.problem = dataclasses.replace(call.problem, **changes)
-    with pytest.raises(NotImplementedError, match=words):
+    with pytest.raises(error, match=words):
         call.launch()
 
 
@@ -213,19 +217,59 @@ def test_one_stage_after_the_other_is_the_whole_call():
         assert_same_results(call.results(), expected)
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("do_finalize", [True, False])
-def test_workspace_size_is_affine_in_tokens(do_finalize):
+def test_workspace_size_is_affine_in_tokens(do_finalize, lora):
     sizes = []
     for tokens in (0, 1, 2, 1000):
-        case = Case("", tokens, do_finalize=do_finalize)
+        case = Case("", tokens, do_finalize=do_finalize, lora=lora)
         sizes.append(native.workspace_bytes(cases.problem(case, cases.arrays(case))))
     assert sizes[3] - sizes[0] == 1000 * (sizes[1] - sizes[0]) == 500 * (sizes[2] - sizes[0]) > 0
+
+
+@pytest.mark.parametrize("name", ["t53", "routing_mixed_window", "lora", "identity"])
+def test_a_layout_changes_no_bit(name):
+    """The same weights in every layout give the same results."""
+    plain = CASES[name]
+    expected = Call(plain).run()
+    for shuffled in (False, True):
+        for layout in (problem.WeightLayout.MajorK, problem.WeightLayout.BlockMajorK):
+            case = dataclasses.replace(plain, shuffled=shuffled, weight_layout=layout)
+            assert_same_results(Call(case).run(), expected)
+
+
+def test_parameters_of_one_zero_and_no_limit_change_no_bit():
+    case = CASES["alpha_beta_clamp"]
+    given = cases.arrays(case)
+    for name, value in (("gemm1_alpha", 1), ("gemm1_beta", 0), ("gemm1_clamp_limit", np.inf)):
+        given[name] = np.full(case.local, value, np.float32)
+    expected = Call(dataclasses.replace(case, per_expert=())).run()
+    assert_same_results(Call(case, given).run(), expected)
+
+
+def test_ids_apart_from_the_same_weights_change_no_bit():
+    case = CASES["routing_mixed_window"]
+    call = Call(case)
+    ids, weights = reference.unpack_topk_ids(call.given["topk_ids"])
+    apart = call.given | {"topk_ids": ids, "topk_weights": weights}
+    assert_same_results(Call(case, apart).run(), call.run())
+    assert_same_results(Call(case, apart | {"topk_weights": weights.astype(np.float32)}).run(), call.run())
+
+
+def test_a_delta_of_zero_changes_no_bit():
+    case = CASES["lora"]
+    given = cases.arrays(case)
+    given["gemm1_lora_delta"] = np.zeros_like(given["gemm1_lora_delta"])
+    output = Call(case, given).run()["output"]
+    compare.assert_same_bits(output, Call(dataclasses.replace(case, lora=False)).run()["output"], "output")
 
 
 @st.composite
 def random_cases(draw):
     experts = draw(st.integers(1, 40))
     local = draw(st.integers(1, experts))
+    activation = draw(st.sampled_from(problem.ActivationType))
+    parameters = st.sets(st.sampled_from(problem.PER_EXPERT))
     return Case(
         "random",
         draw(st.integers(0, 40)),
@@ -239,11 +283,17 @@ def random_cases(draw):
         draw(st.sampled_from(("float8_e4m3fn", "bfloat16"))),
         draw(st.sampled_from(("block_major", "token_major", "padded"))),
         draw(st.booleans()),
+        topk_weights=draw(st.sampled_from(("packed", "bfloat16", "float32"))),
+        activation=activation,
+        per_expert=tuple(sorted(draw(parameters))) if activation is problem.ActivationType.Swiglu else (),
+        weight_layout=draw(st.sampled_from((problem.WeightLayout.MajorK, problem.WeightLayout.BlockMajorK))),
+        shuffled=draw(st.booleans()),
+        lora=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
 
 
-@examples(40)
+@examples(60)
 @given(random_cases(), st.booleans(), st.booleans())
 def test_random_problems_match_the_reference(case, odd, offset_on_device):
     note(str(case))

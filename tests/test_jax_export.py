@@ -12,28 +12,23 @@ from pathlib import Path
 import cases
 import jax
 import jax.export
-import jax_calls
 import numpy as np
 import pytest
 from compare import assert_same_bits
 from golden_export import CASE, PATH, export
-from jax_calls import SMALL, SMALL_BF16, SMALL_ROWS, call, named, shapes
+from jax_calls import OPTIONS, SMALL, SMALL_ALL, call, named, shapes
+from results import assert_same_results
 
 from jax_moe import native
 
 
-@pytest.mark.parametrize("case", (SMALL, SMALL_BF16, SMALL_ROWS), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", OPTIONS.values(), ids=OPTIONS)
 def test_one_export_serves_every_number_of_tokens(case: cases.Case) -> None:
     exported = jax.export.deserialize(export(case).serialize())
     for tokens in (1, 7, 64):
         sized = dataclasses.replace(case, tokens=tokens, routing="uniform")
         given = cases.arrays(sized)
-        expected = named(case, call(sized, given))
-        for name, actual in named(case, exported.call(given)).items():
-            rows = slice(None)
-            if name == "gemm2_output":
-                rows = slice(np.count_nonzero(expected["expanded_idx_to_permuted_idx"] >= 0))
-            assert_same_bits(actual[rows], expected[name][rows], f"{tokens} tokens: {name}")
+        assert_same_results(named(case, exported.call(given)), named(case, call(sized, given)))
 
 
 def test_an_export_for_two_platforms_has_one_custom_call() -> None:
@@ -44,19 +39,23 @@ def test_an_export_for_two_platforms_has_one_custom_call() -> None:
     assert "stablehlo.case" not in exported.mlir_module()
 
 
-def test_an_exported_file_runs_in_a_process_that_only_imports_jax_moe(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", (SMALL, SMALL_ALL), ids=lambda case: case.name)
+def test_an_exported_file_runs_in_a_process_that_only_imports_jax_moe(case: cases.Case, tmp_path: Path) -> None:
     path = tmp_path / "exported"
-    path.write_bytes(export(SMALL).serialize())
+    path.write_bytes(export(case).serialize())
     program = Path(__file__).with_name("run_exported.py")
     done = subprocess.run(
-        [sys.executable, str(program), str(path), "SMALL", "7"],
+        [sys.executable, str(program), str(path), case.name, "7"],
         capture_output=True,
         text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
-    expected = np.asarray(call(SMALL, cases.arrays(SMALL)))
-    assert done.stdout == expected.view(np.uint16).tobytes().hex()
+    given = cases.arrays(case)
+    rows = np.count_nonzero(cases.expected(case, given).expanded_idx_to_permuted_idx >= 0)
+    first, *_ = named(case, call(case, given)).values()
+    actual = np.frombuffer(bytes.fromhex(done.stdout), first.dtype).reshape(first.shape)
+    assert_same_bits(actual[:rows], first[:rows], case.name)
 
 
 @pytest.mark.parametrize("tokens", (1, 7, 64))
@@ -67,20 +66,36 @@ def test_the_kept_export_of_an_older_jax_still_runs(tokens: int) -> None:
     assert_same_bits(np.asarray(exported.call(given)), np.asarray(call(case, given)), f"{tokens} tokens")
 
 
-@pytest.mark.parametrize("name", ("SMALL", "SMALL_BF16", "SMALL_ROWS"))
-def test_lowering_for_cuda_works_on_any_machine(name: str) -> None:
-    case = getattr(jax_calls, name)
+@pytest.mark.parametrize("case", OPTIONS.values(), ids=OPTIONS)
+def test_lowering_for_cuda_works_on_any_machine(case: cases.Case) -> None:
     traced = jax.jit(lambda given: call(case, given)).trace(shapes(cases.arrays(case)))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call") == text.count(f"@{native.TARGET}") == 1
 
 
-def test_the_workspace_is_the_only_other_result() -> None:
-    given = cases.arrays(SMALL)
-    text = jax.jit(lambda arrays: call(SMALL, arrays)).lower(shapes(given)).as_text()
-    size = native.workspace_bytes(cases.problem(SMALL, given))
-    results = f"(tensor<7x256xbf16>, tensor<0xbf16>, tensor<0xbf16>, tensor<0xi32>, tensor<{size}xui8>)"
-    assert results in text
+RESULTS = {  # output, gemm2_output, expert_weights, map, gemm1_activation_output and _scale
+    SMALL: "7x256xbf16 0xbf16 0xbf16 0xi32 0xui8 0xf32",
+    SMALL_ALL: "0xbf16 21x256xbf16 0xbf16 21xi32 21x128xui8 1x24xf32",
+}
+
+
+@pytest.mark.parametrize("case", RESULTS, ids=lambda case: case.name)
+def test_the_workspace_is_the_only_other_result(case: cases.Case) -> None:
+    given = cases.arrays(case)
+    text = jax.jit(lambda arrays: call(case, arrays)).lower(shapes(given)).as_text()
+    size = native.workspace_bytes(cases.problem(case, given))
+    results = ", ".join(f"tensor<{result}>" for result in (*RESULTS[case].split(), f"{size}xui8"))
+    assert f"-> ({results})" in text
+
+
+@pytest.mark.parametrize("name", ("topk_weights", "gemm1_lora_delta", "gemm1_alpha"))
+def test_sizes_of_options_can_be_symbolic_in_the_number_of_tokens_only(name: str) -> None:
+    (size,) = jax.export.symbolic_shape("size")
+    arguments = shapes(cases.arrays(SMALL_ALL))
+    given = arguments[name]
+    arguments[name] = jax.ShapeDtypeStruct((*given.shape[:-1], size), given.dtype)
+    with pytest.raises(NotImplementedError, match=f"{name} must be of constant sizes but for num_tokens"):
+        jax.export.export(jax.jit(lambda given: call(SMALL_ALL, given)))(arguments)
 
 
 def test_only_the_number_of_tokens_can_be_symbolic() -> None:

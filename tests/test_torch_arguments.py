@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from typing import Any
@@ -18,6 +19,11 @@ from jax_moe import native  # noqa: E402
 
 NAME = "trtllm_fp8_block_scale_routed_moe"
 CASE = cases.Case("arguments", tokens=5, hidden=256, inter=128, experts=8, top_k=2, window=(2, 4))
+# Every tensor that a call may have, but for output and routing_bias.
+FULL = dataclasses.replace(
+    CASE, topk_weights="float32", lora=True, per_expert=("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+)
+OPTIONAL = ("topk_weights", "gemm1_lora_delta", *FULL.per_expert)
 EMPTY = inspect.Parameter.empty
 DEFAULTS = {
     **dict.fromkeys(torch_calls.POSITIONAL, EMPTY),
@@ -37,10 +43,21 @@ DEFAULTS = {
 }
 
 
-def refused(error: type[Exception], words: str, **changes: Any) -> None:
+def refused(error: type[Exception], words: str, case: cases.Case = CASE, **changes: Any) -> None:
+    """`changes` are arguments, or topk_weights: the second of the pair that topk_ids then is."""
+    given = torch_calls.arguments(case)
+    if "topk_weights" in changes:
+        given["topk_ids"] = (given["topk_ids"][0], changes.pop("topk_weights"))
     with pytest.raises(error, match=re.escape(f"{NAME}: {words}")) as raised:
-        torch_calls.call(CASE, **changes)
+        torch_calls.function(**given | changes)
     assert raised.type is error
+
+
+def tensor_of(name: str, case: cases.Case = FULL) -> torch.Tensor:
+    """The tensor that a case gives as an argument, or as topk_weights."""
+    given = torch_calls.arguments(case)
+    value = given["topk_ids"][1] if name == "topk_weights" else given[name]
+    return value[0] if isinstance(value, tuple) else value
 
 
 def test_signature_is_the_documented_one() -> None:
@@ -78,7 +95,7 @@ def dtype_cases() -> list[tuple[str, Any, str]]:
             "hidden_states_scale": "float32[2,5], got float64[2,5]",
             "gemm1_weights": "float8_e4m3fn [experts, 2 * intermediate_size, hidden_size], got int8[4,256,256]",
             "gemm1_weights_scale": "float32[4,2,2], got float64[4,2,2]",
-            "gemm2_weights": "float8_e4m3fn [experts, hidden_size, intermediate_size], got int8[4,256,128]",
+            "gemm2_weights": "float8_e4m3fn[4,256,128], got int8[4,256,128]",
             "gemm2_weights_scale": "float32[4,2,1], got float64[4,2,1]",
         }.items()
     ]
@@ -87,6 +104,17 @@ def dtype_cases() -> list[tuple[str, Any, str]]:
 @pytest.mark.parametrize("name, value, words", dtype_cases())
 def test_dtypes_are_checked(name: str, value: Any, words: str) -> None:
     refused(ValueError, f"{name} must be {words}", **{name: value})
+
+
+@pytest.mark.parametrize("name, words", {
+    "topk_weights": "bfloat16 or float32 [num_tokens, top_k], got float64[5,2]",
+    "gemm1_lora_delta": "bfloat16[5,2,256], got float64[5,2,256]",
+    "gemm1_alpha": "float32[4], got float64[4]",
+    "gemm1_beta": "float32[4], got float64[4]",
+    "gemm1_clamp_limit": "float32[4], got float64[4]",
+}.items())  # fmt: skip
+def test_dtypes_of_optional_tensors_are_checked(name: str, words: str) -> None:
+    refused(ValueError, f"{name} must be {words}", FULL, **{name: tensor_of(name).double()})
 
 
 @pytest.mark.parametrize("name", torch_calls.TENSORS)
@@ -100,13 +128,29 @@ def test_shapes_are_checked(name: str) -> None:
         torch_calls.call(CASE, **{name: value[0]})
 
 
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_shapes_of_optional_tensors_are_checked(name: str) -> None:
+    value = tensor_of(name)
+    for wrong in (torch.cat([value] * 2, dim=-1), value[:-1], value[0]):
+        refused(ValueError, f"{name} must be ", FULL, **{name: wrong})
+
+
 @pytest.mark.parametrize("name", [name for name in torch_calls.TENSORS if name != "hidden_states_scale"])
 def test_only_the_scale_may_be_strided(name: str) -> None:
     value = torch_calls.arguments(CASE)[name]
     spread = torch.empty_strided(value.shape, [2 * stride for stride in value.stride()], dtype=value.dtype)
-    shape, strides = list(value.shape), list(spread.stride())
-    words = f"{name} must be contiguous, got shape {shape} with strides {strides}; call .contiguous()"
-    refused(ValueError, words, **{name: spread})
+    refused(ValueError, must_be_contiguous(name, spread), **{name: spread})
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_optional_tensors_must_be_contiguous(name: str) -> None:
+    spread = torch.stack([tensor_of(name)] * 2, dim=-1)[..., 0]
+    refused(ValueError, must_be_contiguous(name, spread), FULL, **{name: spread})
+
+
+def must_be_contiguous(name: str, tensor: torch.Tensor) -> str:
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    return f"{name} must be contiguous, got shape {shape} with strides {strides}; call .contiguous()"
 
 
 @pytest.mark.parametrize("name", [*torch_calls.TENSORS, "routing_bias", "output"])
@@ -119,6 +163,12 @@ def test_tensors_must_be_on_one_device(name: str) -> None:
     else:
         words = f"{name} must be on cpu like hidden_states, got meta"
     refused(ValueError, words, **{name: elsewhere.to("meta")})
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_optional_tensors_must_be_on_the_same_device(name: str) -> None:
+    words = f"{name} must be on cpu like hidden_states, got meta"
+    refused(ValueError, words, FULL, **{name: tensor_of(name).to("meta")})
 
 
 def test_two_gpus_are_two_devices() -> None:
@@ -199,33 +249,51 @@ def test_equal_values_of_other_types_are_told_apart() -> None:
     refused(ValueError, "local_expert_offset must be an integer, got False", num_experts=8, local_expert_offset=False)
 
 
+def test_mxfp8_is_not_implemented() -> None:
+    for value in (2, torch_calls.OtherQuantization.MxFp8):
+        refused(NotImplementedError, "fp8_quantization_type must be DeepSeekFp8 (1)", fp8_quantization_type=value)
+
+
+@pytest.mark.parametrize("wrong, got", [(None, "NoneType"), ((1, 2, 3), "tuple of 3"), ([], "list of 0"), (5, "int")])
+def test_ids_are_packed_or_a_pair(wrong: object, got: str) -> None:
+    refused(
+        ValueError,
+        "topk_ids must be a torch.Tensor of packed ids, (expert id << 16) | (bfloat16 bits of the weight & 0xFFFF), or "
+        f"a pair (topk_ids, topk_weights) of them, got {got}",
+        topk_ids=wrong,
+    )
+
+
+def test_the_ids_of_a_pair_are_checked() -> None:
+    ids, weights = torch_calls.arguments(FULL)["topk_ids"]
+    refused(ValueError, "topk_ids must be a torch.Tensor, got list", topk_ids=(ids.tolist(), weights))
+    refused(ValueError, "topk_weights must be a torch.Tensor, got NoneType", topk_ids=(ids, None))
+    refused(ValueError, "topk_ids must be int32 [num_tokens, top_k], got int64[5,2]", topk_ids=(ids.long(), weights))
+
+
+@pytest.mark.parametrize("name", ["gemm1_lora_delta", *FULL.per_expert])
+def test_optional_tensors_are_tensors(name: str) -> None:
+    refused(ValueError, f"{name} must be a torch.Tensor, got float", **{name: 7.0})
+
+
+@pytest.mark.parametrize("name", FULL.per_expert)
+@pytest.mark.parametrize("activation", ["Geglu", "Relu2", "Identity"])
+def test_parameters_of_swiglu_belong_to_swiglu(activation: str, name: str) -> None:
+    case = dataclasses.replace(CASE, activation=torch_facade.ActivationType[activation])
+    refused(ValueError, f"{name} must be None with {activation}, got float32[4]", case, **{name: torch.ones(4)})
+
+
 @pytest.mark.parametrize(
-    "changes, words",
+    "option, words",
     [
-        ({"topk_ids": (None, None)}, "topk_ids must be one int32 tensor of packed ids, (expert id << 16) |"),
-        ({"use_shuffled_weight": True}, "use_shuffled_weight must be False"),
-        ({"weight_layout": 2}, "weight_layout must be MajorK (0)"),
-        ({"fp8_quantization_type": 2}, "fp8_quantization_type must be DeepSeekFp8 (1)"),
-        (
-            {"fp8_quantization_type": torch_calls.OtherQuantization.MxFp8},
-            "fp8_quantization_type must be DeepSeekFp8 (1)",
-        ),
-        (
-            {"activation_type": 4},
-            "activation_type must be Swiglu (3), the one that this version supports, got Geglu (4)",
-        ),
-        ({"activation_type": torch_calls.OtherActivation.Identity}, "activation_type must be Swiglu (3)"),
-        (
-            {"gemm1_lora_delta": torch.zeros(1)},
-            "gemm1_lora_delta must be None, the only value that this version supports",
-        ),
-        ({"gemm1_alpha": torch.zeros(4)}, "gemm1_alpha must be None, the only value that this version supports"),
-        ({"gemm1_beta": torch.zeros(4)}, "gemm1_beta must be None, the only value that this version supports"),
-        ({"gemm1_clamp_limit": 7.0}, "gemm1_clamp_limit must be None, the only value that this version supports"),
+        ({"activation": torch_facade.ActivationType.Relu2}, "[experts, intermediate_size, hidden_size]"),
+        ({"weight_layout": torch_facade.WeightLayout.BlockMajorK}, "[experts, hidden_size / 128, "),
     ],
 )
-def test_what_this_version_lacks_is_not_implemented(changes: dict[str, Any], words: str) -> None:
-    refused(NotImplementedError, words, **changes)
+def test_shapes_of_weights_are_those_of_the_options(option: dict[str, Any], words: str) -> None:
+    case = dataclasses.replace(CASE, **option)
+    flat = tensor_of("gemm1_weights", case).view(-1, 128)
+    refused(ValueError, f"gemm1_weights must be float8_e4m3fn {words}", case, gemm1_weights=flat)
 
 
 def test_sizes_that_need_padding_say_to_what() -> None:
@@ -247,6 +315,7 @@ def test_routing_bias_is_checked() -> None:
     words = "routing_bias must be None, bfloat16 or float32 [num_experts] = [8], got "
     refused(ValueError, words + "float32[7]", routing_bias=torch.zeros(7))
     refused(ValueError, words + "float64[8]", routing_bias=torch.zeros(8, dtype=torch.float64))
+    refused(ValueError, "routing_bias must be a torch.Tensor, got list", routing_bias=[0.0] * 8)
     for dtype in (torch.float32, torch.bfloat16):
         torch_calls.call(CASE, routing_bias=torch.zeros(8, dtype=dtype))
 
@@ -267,9 +336,18 @@ def test_output_is_checked(output: torch.Tensor, words: str) -> None:
     assert not output.any()
 
 
-def test_output_is_for_finalized_results() -> None:
-    output = torch.zeros(5, 256, dtype=torch.bfloat16)
-    refused(ValueError, "output must be None with do_finalize=False, got a tensor", output=output, do_finalize=False)
+@pytest.mark.parametrize("lora", [False, True])
+def test_output_is_for_finalized_results(lora: bool) -> None:
+    case = dataclasses.replace(CASE, lora=lora, do_finalize=False)
+    words = "output must be None with do_finalize=False, got a tensor"
+    refused(ValueError, words, case, output=torch.zeros(5, 256, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", [*OPTIONAL, "routing_bias"])
+def test_no_gradients_of_optional_tensors_in_silence(name: str) -> None:
+    words = f"{name} must not require grad, got requires_grad=True: inference only"
+    value = torch.zeros(8) if name == "routing_bias" else tensor_of(name)
+    refused(NotImplementedError, words, FULL, **{name: value.requires_grad_()})
 
 
 @pytest.mark.parametrize("name", ["hidden_states_scale", "gemm1_weights", "gemm2_weights_scale", "output"])
@@ -284,8 +362,11 @@ def test_no_gradients_in_silence(name: str) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, NotImplementedError, RuntimeError])
-@pytest.mark.parametrize("changes", [{}, {"do_finalize": False}, {"output": torch.zeros(5, 256, dtype=torch.bfloat16)}])
-def test_errors_of_the_library_arrive_untouched(error: type, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [CASE, FULL, dataclasses.replace(CASE, do_finalize=False)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_errors_of_the_library_arrive_untouched(
+    case: cases.Case, in_place: bool, error: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What C++ says of a device or a build is what the caller reads, with its type."""
     raised = error("this build has no CUDA kernels; move the tensors to the CPU")
 
@@ -293,6 +374,7 @@ def test_errors_of_the_library_arrive_untouched(error: type, changes: dict, monk
         raise raised
 
     monkeypatch.setattr(native, "forward", fail)
+    output = torch.zeros(5, 256, dtype=torch.bfloat16) if in_place and case.do_finalize else None
     with pytest.raises(error) as caught:
-        torch_calls.call(CASE, **changes)
+        torch_calls.call(case, output=output)
     assert caught.value is raised

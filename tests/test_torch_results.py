@@ -2,51 +2,100 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import cases
-import compare
+import ml_dtypes
 import numpy as np
 import pytest
+import results
 
 torch = pytest.importorskip("torch", reason="the torch facade needs torch")
 
 import torch_calls  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from torch_facade import (  # noqa: E402
+    ActivationType,
+    WeightLayout,
+    convert_to_block_layout,
+    shuffle_matrix_a,
+)
 
 # Every number of tokens, input dtype, scale order, window and result form; test_backend.py runs the whole matrix.
-MATRIX = (
+PLAIN = (
     "t0 t1 t7 t129 k32 e300 h896_i384 routing_mixed_window routing_garbage routing_duplicates window_1_2 bf16_t0 "
     "bf16_t1 bf16_t53 scale_token_major_t1 scale_token_major_t129 scale_padded_t7 scale_padded_t129 unfinalized_t0 "
     "unfinalized_t1 unfinalized unfinalized_window unfinalized_nothing_local unfinalized_bf16 extreme_nan_x "
     "extreme_inf_x"
 ).split()
+# Each option alone, two of each together, and no tokens.
+PAIRS = [name for name in cases.CASES if name.startswith("pair_")]
+OPTIONS = (
+    *cases.OPTIONS,
+    *PAIRS,
+    *"lora_t0 lora_unfinalized lora_unfinalized_t0 apart_unfinalized_t0 apart_garbage extreme_large_geglu".split(),
+)
 SMALL = cases.CASES["t7"]
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.uint8).numpy()
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def test_the_matrix_names_cases() -> None:
-    assert set(MATRIX) <= {case.name for case in cases.SMALL}
+    assert {*PLAIN, *OPTIONS} <= {case.name for case in cases.SMALL}
+    assert len(PAIRS) > 10
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", [*PLAIN, *OPTIONS])
 def test_results_are_the_references(name: str) -> None:
     case = cases.CASES[name]
-    expected = cases.expected(case, cases.arrays(case))
-    result = torch_calls.call(case)
-    if case.do_finalize:
-        assert isinstance(result, torch.Tensor)
-        compare.assert_close(torch_calls.array(result), expected.output, "output")
-        return
-    assert type(result) is list and len(result) == 3
-    y, weights, row = map(torch_calls.array, result)
-    compare.assert_same_bits(weights, expected.expert_weights, "expert_weights")
-    compare.assert_same_bits(row, expected.expanded_idx_to_permuted_idx, "expanded_idx_to_permuted_idx")
-    assert y.shape == expected.gemm2_output.shape and result[0].dtype == torch.bfloat16
-    named = np.sort(row[row >= 0])
-    compare.assert_close(y[named], expected.gemm2_output[named], "gemm2_output")
+    given = cases.arrays(case)
+    found = {key: torch_calls.array(value) for key, value in torch_calls.named(case, torch_calls.call(case)).items()}
+    codes = found.pop("gemm1_activation_output", None)
+    results.assert_matches(case, given, found)
+    if codes is not None:  # their scales are not returned
+        expected = cases.expected(case, given)
+        rows = np.count_nonzero(expected.expanded_idx_to_permuted_idx >= 0)
+        assert codes.dtype == np.uint8 and codes.shape == (case.tokens * case.top_k, case.inter)
+        scale = expected.gemm1_activation_scale[:, :rows]
+        results.assert_same_activation(codes[:rows].view(ml_dtypes.float8_e4m3fn), scale, expected, rows)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_expert_weights_are_the_callers_own(dtype: str, lora: bool) -> None:
+    case = dataclasses.replace(SMALL, topk_weights=dtype, lora=lora, do_finalize=False)
+    arguments = torch_calls.arguments(case)
+    assert torch_calls.named(case, torch_calls.function(**arguments))["expert_weights"] is arguments["topk_ids"][1]
+
+
+def test_ids_and_weights_apart_equal_packed_ones() -> None:
+    packed = torch_calls.arguments(SMALL)
+    ids = packed["topk_ids"]
+    weights = (ids & 0xFFFF).to(torch.int16).view(torch.bfloat16)
+    expected = bits(torch_calls.function(**packed))
+    for pair in ((ids >> 16, weights), [ids >> 16, weights.float()]):
+        np.testing.assert_array_equal(bits(torch_calls.function(**packed | {"topk_ids": pair})), expected)
+
+
+@pytest.mark.parametrize("rows", ["as they are", "shuffled"])
+@pytest.mark.parametrize("layout", ["MajorK", "BlockMajorK"])
+@pytest.mark.parametrize("activation", ["Swiglu", "Relu2"])
+def test_prepared_weights_change_no_bit(activation: str, layout: str, rows: str) -> None:
+    case = dataclasses.replace(SMALL, activation=ActivationType[activation], lora=True)
+    plain = torch_calls.arguments(case)
+    prepared = dict(plain, use_shuffled_weight=rows == "shuffled", weight_layout=WeightLayout[layout])
+    for name in ("gemm1_weights", "gemm2_weights"):
+        if rows == "shuffled":
+            prepared[name] = shuffle_matrix_a(prepared[name], 64)
+        if layout == "BlockMajorK":
+            prepared[name] = convert_to_block_layout(prepared[name], 128)
+    found, expected = (torch_calls.defined(case, torch_calls.function(**given)) for given in (prepared, plain))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(bits(found[name]), bits(value), err_msg=name)
 
 
 def test_no_tokens_give_an_empty_result() -> None:
@@ -85,6 +134,17 @@ def test_output_is_written_in_place_and_returned() -> None:
     assert (guarded[0] == 77).all() and (guarded[-1] == 77).all()
 
 
+def test_output_is_written_in_place_and_listed_with_lora() -> None:
+    case = dataclasses.replace(SMALL, lora=True)
+    expected = torch_calls.defined(case, torch_calls.call(case))
+    output = torch.full((case.tokens, case.hidden), 77.0, dtype=torch.bfloat16)
+    version = output._version
+    found = torch_calls.defined(case, torch_calls.call(case, output=output))
+    assert found["output"] is output and output._version > version
+    for name, value in expected.items():
+        np.testing.assert_array_equal(bits(found[name]), bits(value), err_msg=name)
+
+
 def test_output_may_be_an_inference_tensor() -> None:
     expected = torch_calls.call(SMALL)
     with torch.inference_mode():
@@ -102,14 +162,16 @@ def test_each_call_returns_memory_of_its_own() -> None:
     assert not second.any()
 
 
-@pytest.mark.parametrize("name", ["t7", "unfinalized_window", "bf16_t7"])
+@pytest.mark.parametrize(
+    "name", ["t7", "unfinalized_window", "bf16_t7", "apart_f32", "lora_unfinalized", "alpha_beta_clamp"]
+)
 def test_inputs_are_not_written(name: str) -> None:
     arguments = torch_calls.arguments(cases.CASES[name])
-    tensors = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor)}
-    before = {key: bits(value).copy() for key, value in tensors.items()}
+    tensors = [value for value in tree_leaves(arguments) if isinstance(value, torch.Tensor)]
+    before = [bits(value).copy() for value in tensors]
     torch_calls.function(**arguments)
-    for key, value in tensors.items():
-        np.testing.assert_array_equal(bits(value), before[key], err_msg=key)
+    for value, expected in zip(tensors, before, strict=True):
+        np.testing.assert_array_equal(bits(value), expected)
 
 
 def test_arguments_without_effect_change_no_bit() -> None:
@@ -155,7 +217,7 @@ def test_weights_may_be_parameters_without_grad() -> None:
 
 
 def test_threads_do_not_disturb_each_other() -> None:
-    chosen = [cases.CASES[name] for name in ("t1", "t7", "t53", "bf16_t7", "k8", "e128")]
+    chosen = [cases.CASES[name] for name in ("t1", "t7", "t53", "bf16_t7", "k8", "e128", "clamp")]
     given = [torch_calls.arguments(case) for case in chosen]
     expected = [bits(torch_calls.function(**arguments)) for arguments in given]
     wrong: list[str] = []

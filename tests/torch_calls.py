@@ -21,6 +21,13 @@ POSITIONAL = (
     "routed_scaling_factor"
 ).split()
 TENSORS = tuple(name for name in POSITIONAL[:8] if name != "routing_bias")
+# What is returned, by (do_finalize, gemm1_lora_delta given); one name: the tensor itself, else a list.
+RETURNED = {
+    (True, False): ("output",),
+    (True, True): ("output", "expanded_idx_to_permuted_idx", "gemm1_activation_output"),
+    (False, False): ("gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx"),
+    (False, True): ("gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx", "gemm1_activation_output"),
+}
 
 
 class OtherActivation(enum.Enum):
@@ -70,8 +77,12 @@ def array(given: torch.Tensor) -> NDArray:
 
 
 def arguments(case: cases.Case, **changes: Any) -> dict[str, Any]:
-    """Every argument without a default, by name, and do_finalize; `changes` replace or add some."""
-    inputs = {name: None if given is None else tensor(given) for name, given in cases.arrays(case).items()}
+    """Every argument without a default, by name, and what the case's options add; `changes` replace or add some."""
+    inputs: dict[str, Any] = {
+        name: None if given is None else tensor(given) for name, given in cases.arrays(case).items()
+    }
+    if "topk_weights" in inputs:
+        inputs["topk_ids"] = (inputs["topk_ids"], inputs.pop("topk_weights"))
     return inputs | {
         "routing_bias": None,
         "num_experts": case.experts,
@@ -82,10 +93,31 @@ def arguments(case: cases.Case, **changes: Any) -> dict[str, Any]:
         "local_expert_offset": case.offset,
         "local_num_experts": case.local,
         "routed_scaling_factor": None,
-        "do_finalize": case.do_finalize,
+        **case.options,
         **changes,
     }
 
 
 def call(case: cases.Case, **changes: Any) -> Any:
     return function(**arguments(case, **changes))
+
+
+def named(case: cases.Case, result: Any) -> dict[str, torch.Tensor]:
+    """The results by name. Fails when they are not of the form that is documented."""
+    names = RETURNED[case.do_finalize, case.lora]
+    if len(names) == 1:
+        assert isinstance(result, torch.Tensor)
+        return {"output": result}
+    assert type(result) is list and len(result) == len(names)
+    return dict(zip(names, result, strict=True))
+
+
+def defined(case: cases.Case, result: Any) -> dict[str, torch.Tensor]:
+    """The results by name without the rows that the map does not name: those are the last ones."""
+    by_name = named(case, result)
+    if "expanded_idx_to_permuted_idx" in by_name:
+        rows = int((by_name["expanded_idx_to_permuted_idx"] >= 0).sum())
+        for name in ("gemm2_output", "gemm1_activation_output"):
+            if name in by_name:
+                by_name[name] = by_name[name][:rows]
+    return by_name

@@ -6,11 +6,15 @@ Importing this package imports torch, never jax.
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
 
 from .moe import trtllm_fp8_block_scale_routed_moe
+from .weights import convert_to_block_layout, reorder_rows_for_gated_act_gemm, shuffle_matrix_a
 
 __all__ = [
     "ActivationType",
     "Fp8QuantizationType",
     "RoutingMethodType",
     "WeightLayout",
+    "convert_to_block_layout",
+    "reorder_rows_for_gated_act_gemm",
+    "shuffle_matrix_a",
     "trtllm_fp8_block_scale_routed_moe",
 ]

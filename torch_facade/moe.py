@@ -1,6 +1,6 @@
 """The function that serving frameworks call, with the names, order and defaults of its documented signature.
 
-Here are only the checks that need the caller's Python objects (kinds of arguments, what this version refuses); shapes,
+Here are only the checks that need the caller's Python objects (kinds of arguments, what nothing else reads); shapes,
 dtypes, devices and options are checked inside the ops (plan.py), where torch.compile runs them too.
 """
 
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
+from jax_moe.problem import Array
 
 from . import ops
 from .plan import FUNCTION, HIDDEN_STATES, TENSORS
 
 
 def trtllm_fp8_block_scale_routed_moe(
-    topk_ids: torch.Tensor,
+    topk_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     routing_bias: torch.Tensor | None,
     hidden_states: torch.Tensor,
     hidden_states_scale: torch.Tensor | None,
@@ -51,24 +52,28 @@ def trtllm_fp8_block_scale_routed_moe(
 ) -> torch.Tensor | list[torch.Tensor]:
     """A mixture-of-experts layer in FP8 with block scales, on tokens that are routed already.
 
-    With T tokens, K = top_k, E = num_experts, L = local_num_experts, H = hidden size and I = intermediate_size:
-    out[t] = sum over k of w[t,k] * (swiglu(x[t] W1[e]^T) W2[e]^T), e = id[t,k] - local_expert_offset, where slots whose
-    id is outside [local_expert_offset, local_expert_offset + L) contribute nothing. GEMMs accumulate in float32; the
-    activation is requantised to FP8 per row and 128 columns; the sum is rounded to bfloat16 once. Results are the same
-    bit for bit from run to run. Every value of topk_ids is safe. All tensors live on one device, cpu or cuda (Hopper).
+    With T tokens, K = top_k, E = num_experts, L = local_num_experts, H = hidden size, I = intermediate_size, and M = 2I
+    for the gated activations Swiglu and Geglu, M = I for Relu2 and Identity:
+    out[t] = sum over k of w[t,k] * (activation(x[t] W1[e]^T + delta[t,k]) W2[e]^T), e = id[t,k] - local_expert_offset,
+    where slots whose id is outside [local_expert_offset, local_expert_offset + L) contribute nothing. GEMMs accumulate
+    in float32; the activation is computed in float32 and requantised to FP8 per row and 128 columns; the sum is rounded
+    to bfloat16 once. Results are the same bit for bit from run to run. Every value of an expert id is safe. All tensors
+    live on one device, cpu or cuda (Hopper), and are contiguous unless told otherwise.
 
     Args:
         topk_ids: int32 [T, K], packed: the upper 16 bits are the expert id (signed, -1 is padding), the lower 16 bits
-            are those of the bfloat16 weight.
+            are those of the bfloat16 weight. Or a pair (topk_ids, topk_weights): int32 [T, K] plain ids, and bfloat16
+            or float32 [T, K] weights, used as they are.
         routing_bias: None, or bfloat16 or float32 [E]; checked, then unused, since the tokens are routed already.
         hidden_states: float8_e4m3fn [T, H] with its scale; or bfloat16 [T, H], quantised per 1x128 inside the call.
         hidden_states_scale: float32 [H/128, T], any strides (`scale.t()` of a [T, H/128] is read in place, not copied);
             None with bfloat16 hidden_states. The value of an element is its FP8 number times its scale.
-        gemm1_weights: float8_e4m3fn [L, 2I, H]. Rows 0..I-1 are the linear ("up") half, rows I..2I-1 the gate half, the
-            one that silu is applied to. Swapping the two halves is the classic mistake: nothing can detect it.
-        gemm1_weights_scale: float32 [L, 2I/128, H/128].
-        gemm2_weights: float8_e4m3fn [L, H, I].
-        gemm2_weights_scale: float32 [L, H/128, I/128].
+        gemm1_weights: float8_e4m3fn [L, M, H]. Of the gated activations rows 0..I-1 are the linear ("up") half, rows
+            I..2I-1 the gate half, the one that silu or gelu is applied to. Swapping the two halves is the classic
+            mistake: nothing can detect it. With BlockMajorK [L, H/128, M, 128].
+        gemm1_weights_scale: float32 [L, M/128, H/128], whatever the order of the weights in memory.
+        gemm2_weights: float8_e4m3fn [L, H, I]. With BlockMajorK [L, I/128, H, 128].
+        gemm2_weights_scale: float32 [L, H/128, I/128], likewise.
         num_experts: E, of the whole model, at most 32767.
         top_k: K, at most min(E, 32).
         n_group: number of expert groups, a divisor of E, with routing_method_type DeepSeekV3; else None, 0 or 1.
@@ -77,34 +82,53 @@ def trtllm_fp8_block_scale_routed_moe(
         intermediate_size: I, a multiple of 128 (as H must be).
         local_expert_offset: id of the first expert whose weights are given, in [0, E - L].
         local_num_experts: L.
-        routed_scaling_factor: None or a number, unused: the weights in topk_ids are taken as they are.
+        routed_scaling_factor: None or a number, unused: the weights of topk_ids are taken as they are.
         routing_method_type: RoutingMethodType, unused but for the check of n_group and topk_group.
-        use_shuffled_weight: False; True is not implemented.
-        weight_layout: WeightLayout.MajorK; BlockMajorK is not implemented.
+        use_shuffled_weight: True when the rows of both weights are in the order of `shuffle_matrix_a(weights, 64)`.
+        weight_layout: WeightLayout.MajorK, or BlockMajorK, the order of `convert_to_block_layout(weights, 128)`, with
+            or without shuffled rows. Weights are read in place in every order.
         do_finalize: True returns the tensor out; False stops before the weighted sum.
         enable_pdl: None, True or False; a hint, which changes no result.
-        gemm1_lora_delta: None; not implemented.
+        gemm1_lora_delta: None, or bfloat16 [T, K, M], added to the result of the first GEMM before the activation: row
+            [t, k] belongs to slot k of token t, unweighted, its columns in the order of unshuffled gemm1_weights' rows.
         output: None, or bfloat16 [T, H], contiguous, on the same device: written in place and returned.
         tune_max_num_tokens: a positive integer, unused: there is no autotuner.
         fp8_quantization_type: Fp8QuantizationType.DeepSeekFp8; MxFp8 is not implemented.
-        activation_type: ActivationType.Swiglu; the others are not implemented.
-        gemm1_alpha: None; not implemented.
-        gemm1_beta: None; not implemented.
-        gemm1_clamp_limit: None; not implemented.
+        activation_type: ActivationType.Swiglu: gate * sigmoid(alpha * gate) * (up + beta), after
+            gate = min(gate, limit) and up = clamp(up, -limit, limit). Geglu: up * gelu(gate), with the exact erf.
+            Relu2: max(x, 0)^2. Identity: x.
+        gemm1_alpha: None (1), or float32 [L], one for each local expert; of Swiglu only.
+        gemm1_beta: None (0), or float32 [L], likewise.
+        gemm1_clamp_limit: None (no clamp), or float32 [L], likewise.
 
     Enum arguments may be members, their integers, or members of the same name of another library's enum.
 
     Returns:
-        do_finalize=True: bfloat16 [T, H], the tensor itself.
-        do_finalize=False: a list [gemm2_output bfloat16 [T*K, H], expert_weights bfloat16 [T, K],
-        expanded_idx_to_permuted_idx int32 [T*K]]; slot t*K + k has its row of gemm2_output at that index, -1 where it
-        has none. Rows of gemm2_output that no index names are undefined.
+        do_finalize=True: bfloat16 [T, H], the tensor itself; with gemm1_lora_delta a list [that tensor,
+        expanded_idx_to_permuted_idx, gemm1_activation_output].
+        do_finalize=False: a list [gemm2_output, expert_weights, expanded_idx_to_permuted_idx], with gemm1_lora_delta
+        also gemm1_activation_output.
+        gemm2_output bfloat16 [T*K, H] and gemm1_activation_output uint8 [T*K, I] (float8_e4m3fn codes) have one row for
+        each slot with a local expert; expanded_idx_to_permuted_idx int32 [T*K] holds the row of slot t*K + k, -1 where
+        it has none. Rows that it does not name are undefined. expert_weights are those of topk_ids: bfloat16 [T, K]
+        from packed ids, else the caller's own tensor.
 
     Raises:
         ValueError: an argument is not what is written above; the message names it, the expected and the given.
         NotImplementedError: what this version, build or device does not have, and tensors that require grad while grad
             mode is on: there is no backward.
     """
+    optional: dict[str, torch.Tensor] = {}
+    if not isinstance(topk_ids, torch.Tensor):
+        topk_ids, optional["topk_weights"] = _pair(topk_ids)
+    if gemm1_lora_delta is not None:
+        optional["gemm1_lora_delta"] = gemm1_lora_delta
+    if gemm1_alpha is not None:
+        optional["gemm1_alpha"] = gemm1_alpha
+    if gemm1_beta is not None:
+        optional["gemm1_beta"] = gemm1_beta
+    if gemm1_clamp_limit is not None:
+        optional["gemm1_clamp_limit"] = gemm1_clamp_limit
     tensors = (
         topk_ids,
         hidden_states,
@@ -113,20 +137,8 @@ def trtllm_fp8_block_scale_routed_moe(
         gemm1_weights_scale,
         gemm2_weights,
         gemm2_weights_scale,
-        routing_bias,
     )
-    _check_tensors(*tensors, output)
-    for name, value in (
-        ("gemm1_lora_delta", gemm1_lora_delta),
-        ("gemm1_alpha", gemm1_alpha),
-        ("gemm1_beta", gemm1_beta),
-        ("gemm1_clamp_limit", gemm1_clamp_limit),
-    ):
-        if value is not None:
-            raise NotImplementedError(
-                f"{FUNCTION}: {name} must be None, the only value that this version supports, "
-                f"got a {type(value).__name__}"
-            )
+    _check_tensors(tensors, optional, output)
     options = _options(
         num_experts,
         top_k,
@@ -143,48 +155,72 @@ def trtllm_fp8_block_scale_routed_moe(
         tune_max_num_tokens,
         fp8_quantization_type,
         activation_type,
+        do_finalize,
     )
-    if not _flag("do_finalize", do_finalize):
+    if routing_bias is not None:
+        _check_routing_bias(routing_bias, num_experts, hidden_states.device)
+    if not do_finalize:
         if output is not None:
             raise ValueError(f"{FUNCTION}: output must be None with do_finalize=False, got a tensor")
-        return list(ops.unfinalized(*tensors, options))
+        gemm2_output, *rest = ops.listed(*tensors, options, **optional)
+        if "topk_weights" in optional:
+            return [gemm2_output, optional["topk_weights"], *rest]
+        return [gemm2_output, *rest]
+    if gemm1_lora_delta is not None:
+        if output is None:
+            return ops.listed(*tensors, options, **optional)
+        return [output, *ops.lora_out(*tensors, options, output, **optional)]
     if output is None:
-        return ops.finalized(*tensors, options)
-    ops.finalized_out(*tensors, options, output)
+        return ops.finalized(*tensors, options, **optional)
+    ops.finalized_out(*tensors, options, output, **optional)
     return output
 
 
-NAMES = (*TENSORS, "output")
-OPTIONAL = ("hidden_states_scale", "routing_bias", "output")
-DEVICES = ("cpu", "cuda", "meta")  # meta tensors get meta results: shapes without a computation
-
-
-def _check_tensors(*tensors: Any) -> None:
-    """`tensors` are those of TENSORS and output."""
-    for index, tensor in enumerate(tensors):
-        if not isinstance(tensor, torch.Tensor):
-            _check_absent(NAMES[index], tensor)
-    if torch.is_grad_enabled():
-        for index, tensor in enumerate(tensors):
-            if tensor is not None and tensor.requires_grad:
-                raise NotImplementedError(
-                    f"{FUNCTION}: {NAMES[index]} must not require grad, got requires_grad=True: inference only, there "
-                    "is no backward; call under torch.no_grad() or torch.inference_mode(), or detach() it"
-                )
-    device = tensors[HIDDEN_STATES].device
-    if device.type not in DEVICES:
-        raise NotImplementedError(f"{FUNCTION}: hidden_states must be on a cpu or cuda device, got {device}")
-
-
-def _check_absent(name: str, value: object) -> None:
-    if value is None and name in OPTIONAL:
-        return
-    if isinstance(value, (tuple, list)) and name == "topk_ids":
-        raise NotImplementedError(
-            f"{FUNCTION}: topk_ids must be one int32 tensor of packed ids, (expert id << 16) | (bfloat16 bits of the "
-            f"weight & 0xFFFF), the form that this version supports, got a {type(value).__name__}"
+def _pair(topk_ids: Any) -> Any:
+    if not isinstance(topk_ids, (tuple, list)) or len(topk_ids) != 2:
+        given = f"{type(topk_ids).__name__}{f' of {len(topk_ids)}' if isinstance(topk_ids, (tuple, list)) else ''}"
+        raise ValueError(
+            f"{FUNCTION}: topk_ids must be a torch.Tensor of packed ids, (expert id << 16) | (bfloat16 bits of the "
+            f"weight & 0xFFFF), or a pair (topk_ids, topk_weights) of them, got {given}"
         )
-    raise ValueError(f"{FUNCTION}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    return topk_ids
+
+
+def _check_tensors(tensors: tuple[Any, ...], optional: dict[str, Any], output: Any) -> None:
+    no_grad = not torch.is_grad_enabled()
+    for index, tensor in enumerate(tensors):
+        if not (isinstance(tensor, torch.Tensor) and (no_grad or not tensor.requires_grad)):
+            _check_tensor(TENSORS[index], tensor)
+    for name, tensor in optional.items():
+        _check_tensor(name, tensor)
+    if output is not None:
+        _check_tensor("output", output)
+    x = tensors[HIDDEN_STATES]
+    if not (x.is_cpu or x.is_cuda or x.is_meta):  # meta tensors get meta results: shapes without a computation
+        raise NotImplementedError(f"{FUNCTION}: hidden_states must be on a cpu or cuda device, got {x.device}")
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    if tensor is None and name == "hidden_states_scale":
+        return
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{FUNCTION}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise NotImplementedError(
+            f"{FUNCTION}: {name} must not require grad, got requires_grad=True: inference only, there is no backward; "
+            "call under torch.no_grad() or torch.inference_mode(), or detach() it"
+        )
+
+
+def _check_routing_bias(bias: Any, num_experts: int, device: torch.device) -> None:
+    _check_tensor("routing_bias", bias)
+    if bias.device != device:
+        raise ValueError(f"{FUNCTION}: routing_bias must be on {device} like hidden_states, got {bias.device}")
+    if bias.dtype not in (torch.bfloat16, torch.float32) or tuple(bias.shape) != (num_experts,):
+        raise ValueError(
+            f"{FUNCTION}: routing_bias must be None, bfloat16 or float32 [num_experts] = [{num_experts}], "
+            f"got {Array(tuple(bias.shape), str(bias.dtype).removeprefix('torch.'))}"
+        )
 
 
 def _options(*values: Any) -> tuple[int, ...]:
@@ -213,6 +249,7 @@ def _checked_options(
     tune_max_num_tokens: Any,
     fp8_quantization_type: Any,
     activation_type: Any,
+    do_finalize: Any,
 ) -> tuple[int, ...]:
     if not (routed_scaling_factor is None or isinstance(routed_scaling_factor, (int, float))):
         raise _invalid("routed_scaling_factor", "None or a number", routed_scaling_factor)
@@ -233,6 +270,7 @@ def _checked_options(
         _member("weight_layout", WeightLayout, weight_layout),
         _member("fp8_quantization_type", Fp8QuantizationType, fp8_quantization_type),
         _member("activation_type", ActivationType, activation_type),
+        _flag("do_finalize", do_finalize),
     )
 
 

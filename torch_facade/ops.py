@@ -1,4 +1,4 @@
-"""The torch.library ops `jax_moe::*`: schemas, kernels and fakes, one op per form of the result.
+"""The torch.library ops `jax_moe::*`: schemas, kernels and fakes, one op per kind of result.
 
 Kernels hand raw pointers to the compiled library on the current stream. Results and workspace come from torch's caching
 allocator, so that a call can be captured in a CUDA graph. plan.py validates, in the kernels and in the fakes alike.
@@ -6,79 +6,98 @@ allocator, so that a call can be captured in a CUDA graph. plan.py validates, in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from jax_moe import native
 
-from .plan import HIDDEN_STATES, checked_problem, layout, plan, results_of
+from .plan import HIDDEN_STATES, OPTIONAL, checked_problem, layout, plan, results_of
 
-Tensors = Sequence[torch.Tensor | None]  # in the order of plan.TENSORS
-Run = Callable[[Tensors, Sequence[int], bool, torch.Tensor | None], list[torch.Tensor]]
+# The tensors of plan.TENSORS and the integers of plan.OPTIONS, by position; tensors of plan.OPTIONAL by name; output.
+Run = Callable[[Sequence[Any], Mapping[str, torch.Tensor], "torch.Tensor | None"], list[torch.Tensor]]
 
-# `options` are the integers of plan.OPTIONS without the last, do_finalize: the op's name says that.
-ARGUMENTS = (
+TENSORS_AND_OPTIONS = (
     "Tensor topk_ids, Tensor hidden_states, Tensor? hidden_states_scale, Tensor gemm1_weights, "
-    "Tensor gemm1_weights_scale, Tensor gemm2_weights, Tensor gemm2_weights_scale, Tensor? routing_bias, int[] options"
+    "Tensor gemm1_weights_scale, Tensor gemm2_weights, Tensor gemm2_weights_scale, int[] options"
 )
+# What most calls leave out comes last with a default: the dispatcher then spends little time on it.
+BY_NAME = ", ".join(f"Tensor? {name}=None" for name in OPTIONAL)
 LIBRARY = torch.library.Library("jax_moe", "DEF")
 # torch.compile must hand over tensors with the strides that were checked when it traced.
 TAGS = (torch.Tag.pt2_compliant_tag, getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order))
 
 
 def _kernel(
-    tensors: Tensors, options: Sequence[int], do_finalize: bool, output: torch.Tensor | None
+    arguments: Sequence[Any], optional: Mapping[str, torch.Tensor], output: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """The results in the order of Problem.returned(); `output`, where given, is the only one."""
-    call = plan(_layouts(tensors), (*options, do_finalize), None if output is None else layout(output))
+    """What plan.results_of says; a given `output` is written and not returned."""
+    *tensors, options = arguments
     x = tensors[HIDDEN_STATES]
-    assert x is not None
-    results = [x.new_empty(shape, dtype=dtype) for shape, dtype in call.results] if output is None else [output]
-    workspace = x.new_empty(call.workspace_bytes, dtype=torch.uint8)
-    # In the order of INPUTS, whose last, local_expert_offset, is a field of the problem here; then that of OUTPUTS.
-    inputs = [0 if tensor is None else tensor.data_ptr() for tensor in tensors[:-1]]
-    written = [result.data_ptr() for result in results]
-    pointers = [*inputs, 0, *(written + [0, 0, 0] if do_finalize else [0] + written), workspace.data_ptr()]
+    tensors += optional.values()
+    call = plan(_layouts(tensors), tuple(optional), tuple(options), None if output is None else layout(output))
+    allocated = [x.new_empty(shape, dtype=dtype) for shape, dtype in call.allocated]
+    tensors += allocated if output is None else [output, *allocated]
+    pointers = call.in_order([0, *[0 if tensor is None else tensor.data_ptr() for tensor in tensors]])
     if x.is_cuda:
         index = x.get_device()
         stream = torch._C._cuda_getCurrentRawStream(index)
         native.forward(call.problem, pointers, call.sizes, device=index, stream=stream)
     else:
         native.forward(call.problem, pointers, call.sizes)
-    return results
+    return allocated[: call.num_results]
 
 
 def _fake(
-    tensors: Tensors, options: Sequence[int], do_finalize: bool, output: torch.Tensor | None
+    arguments: Sequence[Any], optional: Mapping[str, torch.Tensor], output: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    problem = checked_problem(_layouts(tensors), (*options, do_finalize), None if output is None else layout(output))
+    *tensors, options = arguments
     x = tensors[HIDDEN_STATES]
-    assert x is not None
-    return [x.new_empty(shape, dtype=dtype) for shape, dtype in results_of(problem)]
+    tensors += optional.values()
+    given = None if output is None else layout(output)
+    problem = checked_problem(_layouts(tensors), tuple(optional), tuple(options), given)
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype in results_of(problem, given)]
 
 
-def _layouts(tensors: Tensors) -> tuple[Any, ...]:
-    return tuple([None if tensor is None else layout(tensor) for tensor in tensors])
+def _layouts(tensors: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    return tuple([t if t is None else (t.shape, t.dtype, t.device, t.stride()) for t in tensors])
 
 
-def _finalized(run: Run) -> Callable[..., torch.Tensor]:
-    return lambda *arguments: run(arguments[:-1], arguments[-1], True, None)[0]
-
-
-def _finalized_out(run: Run) -> Callable[..., None]:
-    def call(*arguments: Any) -> None:
-        *tensors, options, output = arguments
-        run(tensors, options, True, output)
-        if not output.is_inference():
-            torch.autograd.graph.increment_version(output)
+def _one(run: Run) -> Callable[..., torch.Tensor]:
+    def call(*arguments: Any, **optional: torch.Tensor) -> torch.Tensor:
+        [result] = run(arguments, optional, None)
+        return result
 
     return call
 
 
-def _unfinalized(run: Run) -> Callable[..., tuple[torch.Tensor, ...]]:
-    return lambda *arguments: tuple(run(arguments[:-1], arguments[-1], False, None))
+def _listed(run: Run) -> Callable[..., list[torch.Tensor]]:
+    return lambda *arguments, **optional: run(arguments, optional, None)
+
+
+def _written(run: Run) -> Callable[..., None]:
+    def call(*arguments: Any, **optional: torch.Tensor) -> None:
+        *others, output = arguments
+        run(others, optional, output)
+        _increment_version(output)
+
+    return call
+
+
+def _written_with_lora(run: Run) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def call(*arguments: Any, **optional: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        *others, output = arguments
+        expanded_idx_to_permuted_idx, gemm1_activation_output = run(others, optional, output)
+        _increment_version(output)
+        return expanded_idx_to_permuted_idx, gemm1_activation_output
+
+    return call
+
+
+def _increment_version(output: torch.Tensor) -> None:
+    if not output.is_inference():
+        torch.autograd.graph.increment_version(output)
 
 
 def _define(name: str, arguments: str, result: str, form: Callable[[Run], Callable[..., Any]]) -> Callable[..., Any]:
@@ -89,6 +108,10 @@ def _define(name: str, arguments: str, result: str, form: Callable[[Run], Callab
     return getattr(torch.ops.jax_moe, name).default
 
 
-finalized = _define("fp8_block_scale_routed_moe", ARGUMENTS, "Tensor", _finalized)
-finalized_out = _define("fp8_block_scale_routed_moe_out", f"{ARGUMENTS}, Tensor(a!) output", "()", _finalized_out)
-unfinalized = _define("fp8_block_scale_routed_moe_unfinalized", ARGUMENTS, "(Tensor, Tensor, Tensor)", _unfinalized)
+# No op returns a tensor that it was given: what a caller's list holds of those, moe.py puts there.
+ARGUMENTS = f"{TENSORS_AND_OPTIONS}, *, {BY_NAME}"
+OUT_ARGUMENTS = f"{TENSORS_AND_OPTIONS}, Tensor(a!) output, *, {BY_NAME}"
+finalized = _define("fp8_block_scale_routed_moe", ARGUMENTS, "Tensor", _one)
+finalized_out = _define("fp8_block_scale_routed_moe_out", OUT_ARGUMENTS, "()", _written)
+listed = _define("fp8_block_scale_routed_moe_list", ARGUMENTS, "Tensor[]", _listed)
+lora_out = _define("fp8_block_scale_routed_moe_lora_out", OUT_ARGUMENTS, "(Tensor, Tensor)", _written_with_lora)

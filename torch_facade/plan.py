@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from jax_moe import native
-from jax_moe.problem import INPUTS, Array, Options, Problem
+from jax_moe.problem import INPUTS, OUTPUTS, PER_EXPERT, Array, Options, Problem
 
 FUNCTION = "trtllm_fp8_block_scale_routed_moe"
 
-# The tensors and the integers of an op, in its order. The offset of the local experts is an integer here.
-TENSORS = (*(name for name in INPUTS if name != "local_expert_offset"), "routing_bias")
+# The arguments of an op: tensors by position, then the integers, then the tensors that most calls leave out, by name.
+# The offset of the local experts is an integer here.
+OPTIONAL = ("topk_weights", "gemm1_lora_delta", *PER_EXPERT)
+TENSORS = tuple(name for name in INPUTS if name not in (*OPTIONAL, "local_expert_offset"))
 OPTIONS = (
     "num_experts",
     "top_k",
@@ -36,8 +40,12 @@ OPTIONS = (
 )
 DECLARED = ("top_k", "intermediate_size", "local_num_experts")
 HIDDEN_STATES = TENSORS.index("hidden_states")
+TOKENS_DIMENSION = {"hidden_states_scale": 1} | dict.fromkeys(
+    ("topk_ids", "topk_weights", "hidden_states", "gemm1_lora_delta", "output"), 0
+)
 
 Layout = tuple[Any, torch.dtype, torch.device, Any]
+Allocation = tuple[tuple[Any, ...], torch.dtype]
 
 
 class Plan(NamedTuple):
@@ -45,8 +53,11 @@ class Plan(NamedTuple):
 
     problem: Problem
     sizes: tuple[int, ...]  # bytes of INPUTS, then of OUTPUTS
-    results: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of what is returned
-    workspace_bytes: int
+    allocated: tuple[Allocation, ...]  # what the call has to allocate: the results, then what nobody gets to see
+    num_results: int  # of `allocated`
+    # From the pointers (0, those of the given tensors in the order of `layouts`, output, those of `allocated`) to those
+    # of INPUTS and OUTPUTS.
+    in_order: Callable[[Sequence[int]], tuple[int, ...]]
 
 
 def layout(tensor: torch.Tensor) -> Layout:
@@ -54,32 +65,44 @@ def layout(tensor: torch.Tensor) -> Layout:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(layouts: tuple[Layout | None, ...], options: tuple[int, ...], output: Layout | None) -> Plan:
-    """The plan of a call with tensors of `layouts` (in the order of TENSORS) and `options` (in that of OPTIONS)."""
-    problem = checked_problem(layouts, options, output)
-    given = dict(zip(TENSORS, layouts, strict=True))
-    workspace_bytes = native.workspace_bytes(problem)
-    sizes = [_bytes(given.get(name)) for name in INPUTS]
-    sizes += [0 if result is None else _contiguous_bytes(result) for result in problem.outputs().values()]
-    return Plan(problem, (*sizes, workspace_bytes), results_of(problem), workspace_bytes)
+def plan(
+    layouts: tuple[Layout | None, ...], optional: tuple[str, ...], options: tuple[int, ...], output: Layout | None
+) -> Plan:
+    """The plan of a call: `layouts` of TENSORS and of those of OPTIONAL that `optional` names, OPTIONS, and output."""
+    problem = checked_problem(layouts, optional, options, output)
+    outputs = {name: array for name, array in problem.outputs().items() if array is not None}
+    allocated = {name: _allocation(array) for name, array in outputs.items() if name != "output" or output is None}
+    allocated["workspace"] = ((native.workspace_bytes(problem),), torch.uint8)
+    given = dict(zip((*TENSORS, *optional), layouts, strict=True))
+    sizes = {name: _bytes(tensor) for name, tensor in given.items()}
+    sizes |= {name: _contiguous_bytes(_allocation(array)) for name, array in outputs.items()}
+    sizes["workspace"] = _contiguous_bytes(allocated["workspace"])
+    buffers = (None, *given, *(() if output is None else ("output",)), *allocated)
+    return Plan(
+        problem,
+        tuple(sizes.get(name, 0) for name in (*INPUTS, *OUTPUTS)),
+        tuple(allocated.values()),
+        len(results_of(problem, output)),
+        operator.itemgetter(*(buffers.index(name) if name in buffers else 0 for name in (*INPUTS, *OUTPUTS))),
+    )
 
 
-def results_of(problem: Problem) -> tuple[tuple[tuple[Any, ...], torch.dtype], ...]:
-    """Shape and dtype of each result that the caller gets."""
-    arrays = [array for array in problem.outputs().values() if array is not None]
-    return tuple((array.shape, getattr(torch, array.dtype)) for array in arrays)
+def results_of(problem: Problem, output: Layout | None) -> tuple[Allocation, ...]:
+    """Shape and dtype of each result that an op returns: none that is an argument, as a given `output` is."""
+    outputs = problem.outputs()
+    names = [name for name in problem.returned() if name != "output" or output is None]
+    return tuple(_allocation(array) for name in names if (array := outputs[name]) is not None)
 
 
 def checked_problem(
-    layouts: tuple[Layout | None, ...], options: tuple[int, ...], output: Layout | None = None
+    layouts: tuple[Layout | None, ...], optional: tuple[str, ...], options: tuple[int, ...], output: Layout | None
 ) -> Problem:
     """Checks every tensor and option. Raises ValueError or NotImplementedError in the words of jax_moe.problem."""
-    given = dict(zip(TENSORS, layouts, strict=True))
+    given = dict(zip((*TENSORS, *optional), layouts, strict=True))
     option = dict(zip(OPTIONS, options, strict=True))
     sizes = {name: option.pop(name) for name in ("num_experts", "local_expert_offset", *DECLARED)}
     parsed = Options.parse(FUNCTION, **option)
     _check_devices(given, output)
-    bias = given.pop("routing_bias")
     scale = given["hidden_states_scale"]
     problem = Problem.create(
         FUNCTION,
@@ -93,8 +116,6 @@ def checked_problem(
     for name, tensor in given.items():
         if name != "hidden_states_scale":
             _check_contiguous(name, tensor)
-    if bias is not None:
-        _check_bias(bias, problem.num_experts)
     if output is not None:
         _check_output(output, problem)
     return problem
@@ -114,14 +135,6 @@ def _check_contiguous(name: str, tensor: Layout | None) -> None:
         raise ValueError(
             f"{FUNCTION}: {name} must be contiguous, got shape {_list(tensor[0])} with strides {_list(tensor[3])}; "
             "call .contiguous()"
-        )
-
-
-def _check_bias(bias: Layout, num_experts: int) -> None:
-    if bias[1] not in (torch.bfloat16, torch.float32) or tuple(bias[0]) != (num_experts,):
-        raise ValueError(
-            f"{FUNCTION}: routing_bias must be None, bfloat16 or float32 [num_experts] = [{num_experts}], "
-            f"got {_array('routing_bias', bias)}"
         )
 
 
@@ -147,7 +160,7 @@ def _array(name: str, tensor: Layout | None) -> Array | None:
     """As jax_moe.problem sees it. Sizes other than the number of tokens become plain integers."""
     if tensor is None:
         return None
-    tokens_dimension = {"topk_ids": 0, "hidden_states": 0, "hidden_states_scale": 1, "output": 0}.get(name)
+    tokens_dimension = TOKENS_DIMENSION.get(name)
     shape = tuple(size if i == tokens_dimension else int(size) for i, size in enumerate(tensor[0]))
     return Array(shape, str(tensor[1]).removeprefix("torch."))
 
@@ -160,8 +173,13 @@ def _bytes(tensor: Layout | None) -> int:
     return (last + 1) * tensor[1].itemsize
 
 
-def _contiguous_bytes(array: Array) -> int:
-    return math.prod(array.shape) * getattr(torch, array.dtype).itemsize
+def _allocation(array: Array) -> Allocation:
+    return array.shape, getattr(torch, array.dtype)
+
+
+def _contiguous_bytes(allocation: Allocation) -> int:
+    shape, dtype = allocation
+    return math.prod(shape) * dtype.itemsize
 
 
 def _list(values: Any) -> str:

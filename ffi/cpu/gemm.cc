@@ -1,14 +1,15 @@
-// The two grouped GEMMs. A work item is a block of rows of one expert times 128 (gemm2) or 2 x 128 (gemm1: up and gate)
-// weight rows. It walks K 128 at a time; each step decodes some weight rows to float32 and uses them for all rows of
-// the item while they are in cache. Each result is one sum over K in its own fixed order, so it depends neither on the
-// number of threads nor on the other rows of the call.
+// The two grouped GEMMs. A work item is a block of rows of one expert times 128 weight rows, or 2 x 128 (gemm1 of a
+// gated activation: up and gate). It walks K 128 at a time; each step decodes some weight rows to float32 and uses them
+// for all rows of the item while they are in cache. Each result is one sum over K in its own fixed order, so it depends
+// neither on the number of threads nor on the other rows of the call.
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "activation.h"
+#include "float8.h"
 #include "multiply.h"
 #include "parallel.h"
-#include "quantize.h"
 #include "stages.h"
 
 namespace jax_moe::cpu {
@@ -28,39 +29,21 @@ struct Panel {
   }
 };
 
-// The weights of one expert, [N, K].
-struct Weights {
-  const uint8_t* codes;
-  const float* scales;  // [N/128, K/128]
-  int64_t k;
-};
-
 // panel.sums = the rows of panel.codes times 128 weight rows from each of `columns` on. x_scale: [K/128, scale_stride].
 template <int C>
-void MultiplyItem(const Weights& w, const int64_t (&columns)[C], const float* x_scale, int64_t scale_stride,
+void MultiplyItem(const WeightMatrix& weights, const int64_t (&columns)[C], const float* x_scale, int64_t scale_stride,
                   int num_rows, Panel& panel) {
-  const int64_t k_blocks = w.k / kScaleBlock;
   for (int i = 0; i < C * kScaleBlock / kTileColumns; ++i)
     std::memset(panel.sums[i], 0, num_rows * sizeof panel.sums[0][0]);
-  for (int64_t kb = 0; kb < k_blocks; ++kb) {
+  for (int64_t kb = 0; kb < weights.k_blocks; ++kb) {
     DecodeRows(panel.codes, num_rows, kb * kScaleBlock, panel.x);
     std::copy_n(x_scale + kb * scale_stride, num_rows, panel.x_scale);
-    for (int c = 0; c < C; ++c) {
-      const float weight_scale = w.scales[columns[c] / kScaleBlock * k_blocks + kb];
+    for (int c = 0; c < C; ++c)
       for (int n = 0; n < kScaleBlock; n += kStepColumns)
-        MultiplyStep(w.codes + (columns[c] + n) * w.k + kb * kScaleBlock, w.k, weight_scale, panel.x, panel.x_scale,
-                     num_rows, panel.sums + (c * kScaleBlock + n) / kTileColumns);
-    }
+        MultiplyStep(weights, columns[c] + n, kb, panel.x, panel.x_scale, num_rows,
+                     panel.sums + (c * kScaleBlock + n) / kTileColumns);
   }
 }
-
-template <class Isa>
-JAX_MOE_INLINE float ActivateAndQuantizeOn(const float* gate, const float* up, uint8_t* codes) {
-  float a[kScaleBlock];
-  for (int i = 0; i < kScaleBlock; ++i) a[i] = Swiglu(gate[i], up[i]);
-  return QuantizeBlock(a, codes);
-}
-JAX_MOE_DISPATCH(float, ActivateAndQuantize, (const float* gate, const float* up, uint8_t* codes), (gate, up, codes))
 
 template <class Isa>
 JAX_MOE_INLINE void RoundToBfloat16On(const float* values, uint16_t* rounded) {
@@ -80,39 +63,47 @@ void ForEachItem(const Call& call, int64_t num_column_blocks, int64_t work, cons
   });
 }
 
+// C = 2: up and gate columns, C = 1: not gated.
+template <int C>
+void Gemm1(const Call& call) {
+  const Problem& p = call.problem;
+  const Workspace& w = call.workspace;
+  const int64_t hidden = p.hidden_size, inter = p.intermediate_size, weight_rows = C * inter;
+  const uint8_t* x = QuantizedHiddenStates(call);
+  const auto* lora_delta = static_cast<const uint16_t*>(call.buffers.gemm1_lora_delta.data);
+  const auto item = [&](const MBlock& block, int64_t i_block, Panel& panel) {
+    const WeightMatrix weights(p, call.buffers.gemm1_weights, call.buffers.gemm1_weights_scale, block.expert,
+                               weight_rows, hidden);
+    const Activation activation(call, block.expert);
+    int64_t columns[C];
+    for (int c = 0; c < C; ++c) columns[c] = c * inter + i_block * kScaleBlock;
+    for (int r = 0; r < block.rows; ++r) panel.codes[r] = x + w.permuted_idx_to_token[block.row0 + r] * hidden;
+    MultiplyItem<C>(weights, columns, w.permuted_x_scale + block.row0, w.scale_stride, block.rows, panel);
+    for (int r = 0; r < block.rows; ++r) {
+      const int64_t row = block.row0 + r;
+      float values[C][kScaleBlock];
+      for (int c = 0; c < C; ++c) {
+        panel.Read(r, c * kScaleBlock, values[c]);
+        if (p.has_gemm1_lora_delta)
+          AddDelta(lora_delta + w.permuted_idx_to_expanded_idx[row] * weight_rows + columns[c], values[c]);
+      }
+      w.h_scale[i_block * w.scale_stride + row] =
+          ActivateAndQuantize(activation, values[0], values[C - 1], w.h + row * inter + i_block * kScaleBlock);
+    }
+  };
+  ForEachItem(call, inter / kScaleBlock, C * kScaleBlock * hidden, item);
+}
+
 }  // namespace
 
-void Gemm1(const Call& call) {
-  const Workspace& w = call.workspace;
-  const int64_t hidden = call.problem.hidden_size, inter = call.problem.intermediate_size;
-  const int64_t h_blocks = hidden / kScaleBlock, i_blocks = inter / kScaleBlock;
-  const uint8_t* x = QuantizedHiddenStates(call);
-  const auto* codes = static_cast<const uint8_t*>(call.buffers.gemm1_weights.data);
-  const auto* scales = static_cast<const float*>(call.buffers.gemm1_weights_scale.data);
-  ForEachItem(call, i_blocks, 2 * kScaleBlock * hidden, [&](const MBlock& block, int64_t i_block, Panel& panel) {
-    const Weights weights{codes + 2 * inter * hidden * block.expert, scales + 2 * i_blocks * h_blocks * block.expert,
-                          hidden};
-    for (int r = 0; r < block.rows; ++r) panel.codes[r] = x + w.permuted_idx_to_token[block.row0 + r] * hidden;
-    const int64_t up = i_block * kScaleBlock, gate = inter + up;
-    MultiplyItem<2>(weights, {up, gate}, w.permuted_x_scale + block.row0, w.scale_stride, block.rows, panel);
-    for (int r = 0; r < block.rows; ++r) {
-      float up_values[kScaleBlock], gate_values[kScaleBlock];
-      panel.Read(r, 0, up_values);
-      panel.Read(r, kScaleBlock, gate_values);
-      const int64_t row = block.row0 + r;
-      w.h_scale[i_block * w.scale_stride + row] = ActivateAndQuantize(gate_values, up_values, w.h + row * inter + up);
-    }
-  });
-}
+void Gemm1(const Call& call) { call.problem.gated() ? Gemm1<2>(call) : Gemm1<1>(call); }
 
 void Gemm2(const Call& call) {
   const Workspace& w = call.workspace;
   const int64_t hidden = call.problem.hidden_size, inter = call.problem.intermediate_size;
-  const int64_t h_blocks = hidden / kScaleBlock, i_blocks = inter / kScaleBlock;
-  const auto* codes = static_cast<const uint8_t*>(call.buffers.gemm2_weights.data);
-  const auto* scales = static_cast<const float*>(call.buffers.gemm2_weights_scale.data);
-  ForEachItem(call, h_blocks, kScaleBlock * inter, [&](const MBlock& block, int64_t h_block, Panel& panel) {
-    const Weights weights{codes + hidden * inter * block.expert, scales + h_blocks * i_blocks * block.expert, inter};
+  const auto item = [&](const MBlock& block, int64_t h_block, Panel& panel) {
+    const WeightMatrix weights(call.problem, call.buffers.gemm2_weights, call.buffers.gemm2_weights_scale, block.expert,
+                               hidden, inter);
     for (int r = 0; r < block.rows; ++r) panel.codes[r] = w.h + (block.row0 + r) * inter;
     MultiplyItem<1>(weights, {h_block * kScaleBlock}, w.h_scale + block.row0, w.scale_stride, block.rows, panel);
     for (int r = 0; r < block.rows; ++r) {
@@ -120,7 +111,8 @@ void Gemm2(const Call& call) {
       panel.Read(r, 0, values);
       RoundToBfloat16(values, w.y2 + (block.row0 + r) * hidden + h_block * kScaleBlock);
     }
-  });
+  };
+  ForEachItem(call, hidden / kScaleBlock, kScaleBlock * inter, item);
 }
 
 }  // namespace jax_moe::cpu

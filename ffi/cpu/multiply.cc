@@ -1,5 +1,5 @@
-// NOTE: the two loads of an inner iteration hit the first-level cache: a decoded tile is 8 KiB, and few rows of x are
-// in use at a time.
+// Decodes weights to tiles of 16 weight rows side by side, 8 KiB each, so that a vector holds one value of K for many
+// weight rows and no sum is ever spread over lanes. A tile stays in the first-level cache while all rows use it.
 #include "multiply.h"
 
 #include "float8.h"
@@ -21,12 +21,18 @@ JAX_MOE_INLINE void DecodeRowsOn(const uint8_t* const* rows, int num_rows, int64
   }
 }
 
-// kTileColumns weight rows of 128 codes, transposed.
-JAX_MOE_INLINE void DecodeTile(const uint8_t* weights, int64_t stride, Tile& tile) {
+// kTileColumns weight rows of 128 codes, transposed and in logical order. NOTE: also asks for the next 128 of K, which
+// the walk over K comes to after the other weight rows of the item; past the end of the weights that is harmless.
+JAX_MOE_INLINE void DecodeTile(const WeightMatrix& weights, int64_t row, int64_t k_block, Tile& tile) {
   constexpr int kWords = kScaleBlock / 4;  // four codes travel in a word
   alignas(64) int32_t words[kWords][kTileColumns];
-  for (int n = 0; n < kTileColumns; ++n)
-    for (int i = 0; i < kWords; ++i) std::memcpy(&words[i][n], weights + n * stride + 4 * i, 4);
+  const uint8_t* codes = weights.Tile(row, k_block);
+  for (int n = 0; n < kTileColumns; ++n, codes += weights.row_stride) {  // in the order of memory
+    __builtin_prefetch(codes + weights.k_stride);
+    __builtin_prefetch(codes + weights.k_stride + 64);
+    const int column = weights.column[n];
+    for (int i = 0; i < kWords; ++i) std::memcpy(&words[i][column], codes + 4 * i, 4);
+  }
   for (int i = 0; i < kWords; ++i)
     for (int j = 0; j < 4; ++j)
       for (int n = 0; n < kTileColumns; ++n) tile.values[4 * i + j][n] = FloatFromFloat8(words[i][n] >> (8 * j));
@@ -71,11 +77,12 @@ JAX_MOE_INLINE void MultiplyLastRows(const float (*x)[kScaleBlock], const float*
 }
 
 template <class Isa>
-JAX_MOE_INLINE void MultiplyStepOn(const uint8_t* weights, int64_t stride, float weight_scale, const RowBlock& x,
+JAX_MOE_INLINE void MultiplyStepOn(const WeightMatrix& weights, int64_t first, int64_t k_block, const RowBlock& x,
                                    const float* x_scale, int num_rows, SumTile* sums) {
   constexpr int R = Isa::kRowsAtOnce;
+  const float weight_scale = weights.Scale(first, k_block);
   Tile tiles[kTilesPerStep];
-  for (int c = 0; c < kTilesPerStep; ++c) DecodeTile(weights + c * kTileColumns * stride, stride, tiles[c]);
+  for (int c = 0; c < kTilesPerStep; ++c) DecodeTile(weights, first + c * kTileColumns, k_block, tiles[c]);
   const int last = num_rows % R;
   for (int c = 0; c < kTilesPerStep; ++c)
     for (int row = 0; row < num_rows - last; row += R)
@@ -88,8 +95,8 @@ JAX_MOE_INLINE void MultiplyStepOn(const uint8_t* weights, int64_t stride, float
 JAX_MOE_DISPATCH(void, DecodeRows, (const uint8_t* const* rows, int num_rows, int64_t k, RowBlock& x),
                  (rows, num_rows, k, x))
 JAX_MOE_DISPATCH(void, MultiplyStep,
-                 (const uint8_t* weights, int64_t stride, float weight_scale, const RowBlock& x, const float* x_scale,
+                 (const WeightMatrix& weights, int64_t row, int64_t k_block, const RowBlock& x, const float* x_scale,
                   int num_rows, SumTile* sums),
-                 (weights, stride, weight_scale, x, x_scale, num_rows, sums))
+                 (weights, row, k_block, x, x_scale, num_rows, sums))
 
 }  // namespace jax_moe::cpu

@@ -35,6 +35,7 @@ Status Route(const Call& c) {
   r.topk_ids = static_cast<const int32_t*>(c.buffers.topk_ids.data);
   r.local_expert_offset = static_cast<const int32_t*>(c.buffers.local_expert_offset.data);
   r.offset = c.p.local_expert_offset;
+  r.packed = c.p.topk_weights_dtype == int64_t(DataType::kNone);
   r.num_expanded = int(c.p.expanded_rows());
   r.top_k = int(c.p.top_k);
   r.num_experts = int(c.p.num_experts);
@@ -44,10 +45,11 @@ Status Route(const Call& c) {
   r.chunk_histogram = c.workspace.chunk_histogram;
   r.expanded_idx_to_permuted_idx = c.workspace.expanded_idx_to_permuted_idx;
   r.permuted_idx_to_token = c.workspace.permuted_idx_to_token;
+  r.permuted_idx_to_expanded_idx = c.workspace.permuted_idx_to_expanded_idx;
   r.expert_offsets = c.workspace.expert_offsets;
   r.num_m_blocks = c.workspace.num_m_blocks;
   r.m_blocks = c.workspace.m_blocks;
-  r.expert_weights = static_cast<uint16_t*>(c.buffers.expert_weights.data);
+  r.expert_weights = r.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
   const LaunchShape shape{unsigned(r.num_chunks), kRouteThreads, unsigned(r.local_num_experts) * 4};
   if (r.num_chunks > 1)
     if (Status s = Launch("route_count", route_count, shape, c.stream, r); !s.ok()) return s;
@@ -81,47 +83,79 @@ Status Permute(const Call& c) {
   return Launch("permute_scales", permute_scales, {grid, kPermuteThreads}, c.stream, s);
 }
 
+const float* Floats(const Buffer& buffer) { return static_cast<const float*>(buffer.data); }
+
+// The weights [L, rows, k] of one GEMM, in the caller's layout.
+Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k,
+                       CUtensorMap* map, GemmShape* shape) {
+  const int64_t k_blocks = k / kBlockK, experts = c.p.local_num_experts;
+  const bool block_major = c.p.block_major_k();
+  shape->b_scale = Floats(scale);
+  shape->rows_per_expert = int(rows);
+  shape->k_blocks = int(k_blocks);
+  shape->expert_stride = int(block_major ? rows * k_blocks : rows);
+  shape->k_stride = int(block_major ? rows : 0);
+  shape->k_columns = block_major ? 0 : kBlockK;
+  return block_major ? EncodeBytes(map, weights.data, experts * k_blocks * rows, kBlockK, kHalfN)
+                     : EncodeBytes(map, weights.data, experts * rows, k, kHalfN);
+}
+
 Status Gemm1(const Call& c) {
-  const int64_t rows = c.p.expanded_rows(), hidden = c.p.hidden_size, inter = c.p.intermediate_size;
+  const Workspace& w = c.workspace;
+  const int64_t hidden = c.p.hidden_size, inter = c.p.intermediate_size;
   CUtensorMap a_scale_map, b_map;
-  Status s = EncodeScales(&a_scale_map, c.workspace.permuted_x_scale, hidden / kScaleBlock, rows,
-                          c.workspace.scale_stride, kBlockM);
-  if (s.ok()) s = EncodeBytes(&b_map, c.buffers.gemm1_weights.data, c.p.local_num_experts * 2 * inter, hidden, kHalfN);
+  GemmShape shape{};
+  shape.column_step = c.p.gated() ? 128 : 256;
+  shape.half_step = c.p.gated() ? int(inter) : 128;
+  Status s = EncodeScales(&a_scale_map, w.permuted_x_scale, hidden / kScaleBlock, c.p.expanded_rows(), w.scale_stride,
+                          kBlockM);
+  if (s.ok())
+    s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden, &b_map,
+                        &shape);
   if (!s.ok()) return s;
-  const void* x = c.p.hidden_states_are_bf16() ? c.workspace.x : c.buffers.hidden_states.data;
-  const GatherA gather{static_cast<const uint8_t*>(x), c.workspace.permuted_idx_to_token};
-  const GemmShape shape{static_cast<const float*>(c.buffers.gemm1_weights_scale.data), int(2 * inter), 128, int(inter),
-                        int(hidden / kBlockK)};
-  const TileSchedule schedule{c.workspace.m_blocks, c.workspace.num_m_blocks, c.config.gemm1_columns};
-  const ActivationEpilogue epilogue{c.workspace.h, c.workspace.h_scale, inter, c.workspace.scale_stride};
+  const void* x = c.p.hidden_states_are_bf16() ? w.x : c.buffers.hidden_states.data;
+  const GatherA gather{static_cast<const uint8_t*>(x), w.permuted_idx_to_token};
+  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm1_columns};
+  const ActivationChoice activation{ActivationType(c.p.activation_type), Floats(c.buffers.gemm1_alpha),
+                                    Floats(c.buffers.gemm1_beta), Floats(c.buffers.gemm1_clamp_limit)};
+  const void* delta = c.p.has_gemm1_lora_delta ? c.buffers.gemm1_lora_delta.data : nullptr;
+  const LoraDelta lora{static_cast<const uint16_t*>(delta), w.permuted_idx_to_expanded_idx, c.p.gemm1_rows()};
+  const ActivationEpilogue epilogue{
+      w.h, w.h_scale, inter, w.scale_stride, activation, lora, c.p.use_shuffled_weight != 0};
   return Launch("gemm1_sm90", gemm1_sm90, {unsigned(c.config.gemm1_grid), kGemmThreads, kGemm1SharedBytes}, c.stream,
                 a_scale_map, b_map, gather, shape, schedule, epilogue);
 }
 
 Status Gemm2(const Call& c) {
+  const Workspace& w = c.workspace;
   const int64_t rows = c.p.expanded_rows(), hidden = c.p.hidden_size, inter = c.p.intermediate_size;
   CUtensorMap a_map, a_scale_map, b_map;
-  Status s = EncodeBytes(&a_map, c.workspace.h, rows, inter, kBlockM);
+  GemmShape shape{};
+  shape.column_step = 256;
+  shape.half_step = 128;
+  Status s = EncodeBytes(&a_map, w.h, rows, inter, kBlockM);
+  if (s.ok()) s = EncodeScales(&a_scale_map, w.h_scale, inter / kScaleBlock, rows, w.scale_stride, kBlockM);
   if (s.ok())
-    s = EncodeScales(&a_scale_map, c.workspace.h_scale, inter / kScaleBlock, rows, c.workspace.scale_stride, kBlockM);
-  if (s.ok()) s = EncodeBytes(&b_map, c.buffers.gemm2_weights.data, c.p.local_num_experts * hidden, inter, kHalfN);
+    s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &b_map, &shape);
   if (!s.ok()) return s;
-  const GemmShape shape{static_cast<const float*>(c.buffers.gemm2_weights_scale.data), int(hidden), 256, 128,
-                        int(inter / kBlockK)};
-  const TileSchedule schedule{c.workspace.m_blocks, c.workspace.num_m_blocks, c.config.gemm2_columns};
-  const Bf16Epilogue epilogue{c.workspace.y2, hidden};
+  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm2_columns};
+  const Bf16Epilogue epilogue{w.y2, hidden, c.p.use_shuffled_weight != 0};
   return Launch("gemm2_sm90", gemm2_sm90, {unsigned(c.config.gemm2_grid), kGemmThreads, kGemm2SharedBytes}, c.stream,
                 a_map, a_scale_map, b_map, shape, schedule, epilogue);
 }
 
 Status Finalize(const Call& c) {
   if (!c.p.do_finalize) return {};
-  const FinalizeParameters f{c.workspace.y2,
-                             c.workspace.expanded_idx_to_permuted_idx,
-                             static_cast<const int32_t*>(c.buffers.topk_ids.data),
-                             static_cast<uint16_t*>(c.buffers.output.data),
-                             int(c.p.top_k),
-                             int(c.p.hidden_size)};
+  FinalizeParameters f{};
+  f.y2 = c.workspace.y2;
+  f.expanded_idx_to_permuted_idx = c.workspace.expanded_idx_to_permuted_idx;
+  const bool packed = c.p.topk_weights_dtype == int64_t(DataType::kNone);
+  const bool bf16 = c.p.topk_weights_dtype == int64_t(DataType::kBFloat16);
+  f.weights = packed ? c.buffers.topk_ids.data : c.buffers.topk_weights.data;
+  f.weights_type = packed ? WeightsType::kPacked : bf16 ? WeightsType::kBFloat16 : WeightsType::kFloat32;
+  f.output = static_cast<uint16_t*>(c.buffers.output.data);
+  f.top_k = int(c.p.top_k);
+  f.hidden = int(c.p.hidden_size);
   const unsigned grid = unsigned(c.p.num_tokens) * Ctas(c.p.hidden_size, kFinalizeColumnsPerCta);
   return Launch("finalize", finalize, {grid, kFinalizeThreads}, c.stream, f);
 }

@@ -25,10 +25,10 @@ Config Select(const Problem& p, int num_sms) {
   c.route_chunk_size = int(rounds_per_cta * kRouteRound);
   c.route_chunks = int(CeilDiv(rows, c.route_chunk_size));
 
-  // GEMM1 multiplies 128 up rows beside their 128 gate rows, GEMM2 256 neighbours. One persistent CTA an SM, fewer when
-  // even the worst routing has fewer tiles.
+  // A gated GEMM1 multiplies 128 up rows beside their 128 gate rows, all others 256 neighbours. One persistent CTA an
+  // SM, fewer when even the worst routing has fewer tiles.
   const int64_t most_m_blocks = std::min(rows, rows / kBlockM + std::min(p.local_num_experts, rows));
-  c.gemm1_columns = int(p.intermediate_size / 128);
+  c.gemm1_columns = int(CeilDiv(p.intermediate_size, p.gated() ? 128 : 256));
   c.gemm2_columns = int(CeilDiv(p.hidden_size, 256));
   c.gemm1_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm1_columns));
   c.gemm2_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm2_columns));
@@ -41,8 +41,8 @@ std::string Explain(const Problem& p, int num_sms) {
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
        << " launch(es)\n"
        << "permute: " << (p.hidden_states_are_bf16() ? "quantise 1x128, " : "") << "scales to permuted order\n"
-       << "gemm1: grouped_gemm_sm90 128x(128+128)x128, gathered A, SwiGLU + 1x128 e4m3, " << c.gemm1_columns
-       << " column tiles, " << c.gemm1_grid << " CTAs\n"
+       << "gemm1: grouped_gemm_sm90 " << (p.gated() ? "128x(128+128)x128" : "128x256x128")
+       << ", gathered A, activation + 1x128 e4m3, " << c.gemm1_columns << " column tiles, " << c.gemm1_grid << " CTAs\n"
        << "gemm2: grouped_gemm_sm90 128x256x128, bf16, " << c.gemm2_columns << " column tiles, " << c.gemm2_grid
        << " CTAs\n"
        << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller") << "\n"

@@ -16,14 +16,18 @@ from results import assert_matches, assert_same_results
 
 from jax_moe import native
 
-NAMES = ("t7", "t257", "bf16_t53", "routing_mixed_window", "unfinalized_window", "e300", "blocks_t700")
+NAMES = (
+    "t7 t257 bf16_t53 routing_mixed_window unfinalized_window e300 blocks_t700 lora_unfinalized blocked_shuffled_t257 "
+    "alpha_beta_clamp apart_f32 relu2_t257"
+).split()
+PER_TOKEN = ("topk_ids", "topk_weights", "hidden_states", "gemm1_lora_delta")
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=lambda case: case.name)
 
 
 def other_tokens(case: Case) -> cases.Arrays:
     """Inputs of the same shapes with other tokens, scales and routing; the weights stay."""
     rotated = cases.arrays(dataclasses.replace(case, routing="zipf"))
-    for name in ("topk_ids", "hidden_states"):
+    for name in rotated.keys() & PER_TOKEN:
         rotated[name] = np.ascontiguousarray(np.roll(rotated[name], 1, axis=0))
     if rotated["hidden_states_scale"] is not None:
         rotated["hidden_states_scale"] = np.ascontiguousarray(np.roll(rotated["hidden_states_scale"], 1, axis=1))
@@ -46,8 +50,8 @@ def test_a_captured_call_replays_with_new_inputs(cuda: Cuda, case: Case) -> None
         call.launch(stream_of(torch.cuda.current_stream()))
     changed = other_tokens(case)
     expected = Call(case, changed, cuda).run()
-    for name in ("topk_ids", "hidden_states", "hidden_states_scale"):
-        if changed[name] is not None:
+    for name in (*PER_TOKEN, "hidden_states_scale"):
+        if changed.get(name) is not None:
             call.write_input(name, changed[name])
     for _ in range(3):
         call.poison()

@@ -6,6 +6,7 @@ Outputs and workspace hold NaN before a call, and every buffer lies between guar
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import cases
 import numpy as np
@@ -47,19 +48,23 @@ def test_large_case(cuda: Cuda, case: Case) -> None:
     before = {name: call.outputs[name].view.clone() for name in results}
     call.poison(0)
     call.launch()
+    rows = int(np.count_nonzero(results.get("expanded_idx_to_permuted_idx", np.empty(0)) >= 0))
     for name, bits in before.items():
         view = call.outputs[name].view
-        if name == "gemm2_output":
-            written = np.count_nonzero(results["expanded_idx_to_permuted_idx"] >= 0) * case.hidden * 2
+        if name in ("gemm2_output", "gemm1_activation_output"):
+            written = rows * results[name][0].nbytes
             bits, view = bits[:written], view[:written]
+        if name == "gemm1_activation_scale":
+            bits, view = (data.reshape(len(results[name]), -1)[:, : 4 * rows] for data in (bits, view))
         assert torch.equal(bits, view), f"{name} differs from run to run"
 
 
-@pytest.mark.parametrize("x_dtype", ["float8_e4m3fn", "bfloat16"])
-def test_every_number_of_tokens_around_the_tiles(cuda: Cuda, x_dtype: str) -> None:
+@pytest.mark.parametrize("option", ["", "bf16", "relu2", "lora", "blocked_shuffled"])
+def test_every_number_of_tokens_around_the_tiles(cuda: Cuda, option: str) -> None:
+    changes: dict[str, Any] = {"x_dtype": "bfloat16"} if option == "bf16" else cases.OPTIONS.get(option, {})
     tokens = [*range(1, 72), *range(120, 137), 191, 192, 193, 255, 256, 257, 383, 385, 511, 513, 1023, 1025]
-    for count in tokens:
-        case = Case(f"t{count}", count, 384, 384, 4, 2, x_dtype=x_dtype, weights="signed", seed=count)
+    for count in tokens[:: 4 if option in cases.OPTIONS else 1]:
+        case = Case(f"t{count}", count, 384, 384, 4, 2, weights="signed", seed=count, **changes)
         call = Call(case, memory=cuda, odd=bool(count % 2))
         assert_matches(case, call.given, call.run())
 
@@ -91,21 +96,28 @@ def test_any_bit_pattern_of_an_offset_in_memory_is_safe(cuda: Cuda, offset: int)
     assert_matches(moved, call.given, call.run())
 
 
+@pytest.mark.parametrize("topk_weights", ["packed", "float32"])
 @pytest.mark.parametrize("seed", range(12))
-def test_garbage_ids(cuda: Cuda, seed: int) -> None:
+def test_garbage_ids(cuda: Cuda, seed: int, topk_weights: str) -> None:
     """Any 32 bits in half of the slots, at sizes of one and of several route chunks."""
     tokens = (3, 100, 3000, 20000)[seed % 4]
-    case = Case("garbage", tokens, 256, 128, 24, 8, (7, 11), "garbage", seed=seed, do_finalize=seed % 3 > 0)
+    case = Case("garbage", tokens, 256, 128, 24, 8, (7, 11), "garbage", seed=seed, topk_weights=topk_weights)
+    case = dataclasses.replace(case, do_finalize=seed % 3 > 0)
     call = Call(case, memory=cuda)
     assert_matches(case, call.given, call.run(), chosen_tokens(case, 200))
 
 
-def test_ids_of_random_bits_write_nothing_outside(cuda: Cuda) -> None:
+@pytest.mark.parametrize("topk_weights", ["packed", "float32"])
+def test_ids_of_random_bits_write_nothing_outside(cuda: Cuda, topk_weights: str) -> None:
     """All 32 bits of every slot are random, and every int16 id up to 32766 is an expert."""
     case = Case("noise", 4001, 128, 128, problem.MAX_NUM_EXPERTS, 32, (12345, 1000), do_finalize=False)
+    case = dataclasses.replace(case, topk_weights=topk_weights)
     given = cases.arrays(dataclasses.replace(case, routing="one_expert"))
     rng = np.random.default_rng(0)
-    given["topk_ids"] = rng.integers(-(2**31), 2**31, (case.tokens, case.top_k)).astype(np.int32)
+    noise = rng.integers(-(2**31), 2**31, (case.tokens, case.top_k)).astype(np.int32)
+    if topk_weights != "packed":
+        noise = np.where(noise % 2 == 0, noise >> 16, noise)
+    given["topk_ids"] = noise
     call = Call(case, given, cuda)
     results = call.run()
     expected = cases.expected(case, given)
@@ -113,12 +125,13 @@ def test_ids_of_random_bits_write_nothing_outside(cuda: Cuda) -> None:
     assert call.changed_inputs() == []
 
 
-@some("t7", "unfinalized", "bf16_t7")
+@some("t7", "unfinalized", "bf16_t7", "alpha_beta_clamp", "apart_bf16", "lora_unfinalized")
 def test_a_buffer_that_is_too_small_or_absent_is_refused_by_name(cuda: Cuda, case: Case) -> None:
     call = Call(case, memory=cuda)
     pointers, sizes = call.pointers_and_sizes()
     for index, name in enumerate((*problem.INPUTS, *problem.OUTPUTS)):
-        for pointer, size in ((pointers[index], sizes[index] - 1), (0, 0)) if sizes[index] else ():
+        absent = [] if name in problem.PER_EXPERT else [(0, 0)]
+        for pointer, size in [(pointers[index], sizes[index] - 1), *absent] if sizes[index] else ():
             changed = [list(pointers), list(sizes)]
             changed[0][index], changed[1][index] = pointer, size
             with pytest.raises(ValueError, match=f"{name} must"):

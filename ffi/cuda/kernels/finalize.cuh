@@ -8,11 +8,15 @@ namespace jax_moe::cuda {
 inline constexpr int kFinalizeThreads = 128;
 inline constexpr int kFinalizeColumnsPerCta = kFinalizeThreads * 8;
 
+// Where a slot's routing weight is: the low 16 bits of a packed id (bf16), or an array of its own.
+enum class WeightsType { kPacked, kBFloat16, kFloat32 };
+
 struct FinalizeParameters {
   const uint16_t* y2;                           // bf16 [rows, H]
   const int32_t* expanded_idx_to_permuted_idx;  // [T * K]
-  const int32_t* topk_ids;                      // [T * K], the low 16 bits are the bf16 weight
-  uint16_t* output;                             // bf16 [T, H]
+  const void* weights;                          // [T * K] of weights_type
+  WeightsType weights_type;
+  uint16_t* output;  // bf16 [T, H]
   int top_k;
   int hidden;  // H
 };

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     produce_gathered(shared, gather, &a_scale_map, &b_map, shape, schedule, thread);
   } else {
     raise_registers<216>();
-    multiply<ActivationEpilogue, Swiglu>(shared, shape, schedule, epilogue, warpgroup, thread);
+    multiply<ActivationEpilogue>(shared, shape, schedule, epilogue, warpgroup, thread);
   }
 }
 
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     if (thread == 0) produce(shared, &a_map, &a_scale_map, &b_map, shape, schedule);
   } else {
     raise_registers<232>();
-    multiply<Bf16Epilogue, Swiglu>(shared, shape, schedule, epilogue, warpgroup, thread);
+    multiply<Bf16Epilogue>(shared, shape, schedule, epilogue, warpgroup, thread);
   }
 }
 

@@ -1,6 +1,6 @@
 // Persistent warp-specialised grouped FP8 GEMM: D[row] = A[row] B[expert]^T with scales 1x128 on A and 128x128 on B,
 // partial sums promoted to float32 registers every 128 of K. Tile 128 rows x 256 weight rows, two math warpgroups of 64
-// rows, one producer warpgroup. GEMM1 gathers token rows by cp.async and multiplies up and gate rows side by side.
+// rows, one producer warpgroup. GEMM1 gathers token rows by cp.async and has up and gate rows side by side.
 //   shared memory, 4 stages:  [ A 128 x 128 B | B two times 128 x 128 B ] swizzled 128 B,  A scales 128 x f32
 #pragma once
 #include "epilogue.cuh"
@@ -23,14 +23,18 @@ struct GatherA {
   const int32_t* row_to_source;  // [T*K]
 };
 
-// What both GEMMs are told. The B rows of a tile's two halves begin at expert * rows_per_expert + column * column_step
-// and half_step rows later.
+// What both GEMMs are told. A tile's two halves are 128 weight rows each, from column * column_step on and half_step
+// rows later. Box (row, k) of an expert begins at element (k * k_columns, expert * expert_stride + k * k_stride + row)
+// of the weights: MajorK steps along its rows, BlockMajorK from one [rows, 128] matrix to the next.
 struct GemmShape {
   const float* b_scale;  // [L * rows_per_expert / 128, k_blocks]
-  int rows_per_expert;   // 2I or H
+  int rows_per_expert;   // M or H
   int column_step;       // 128 (gate and up side by side) or 256
   int half_step;         // I or 128
   int k_blocks;          // K / 128
+  int expert_stride;     // rows_per_expert, or k_blocks times that
+  int k_stride;          // 0, or rows_per_expert
+  int k_columns;         // 128, or 0
 };
 
 template <class Epilogue>
@@ -47,11 +51,11 @@ struct GemmSharedMemory {
 
 using GemmCursor = PipelineCursor<kNumStages>;
 
-// First B row of a half. NOTE: the second half of the last tile is outside the expert when rows_per_expert is an odd
-// multiple of 128; it repeats the first half and its sums are not stored.
+// First weight row of a half, in its expert. NOTE: the second half of the last tile is outside the expert when
+// rows_per_expert is an odd multiple of 128; it repeats the first half and its sums are not stored.
 DEVICE int b_row(const GemmShape& shape, const Tile& tile, int half) {
   const int row = tile.column * shape.column_step + half * shape.half_step;
-  return tile.expert * shape.rows_per_expert + (row < shape.rows_per_expert ? row : tile.column * shape.column_step);
+  return row < shape.rows_per_expert ? row : tile.column * shape.column_step;
 }
 
 // B and the A scales of one stage, and its expected bytes; A too unless it is gathered. By one thread.
@@ -64,7 +68,8 @@ DEVICE void load_stage(Shared& shared, const GemmCursor& at, const CUtensorMap* 
   mbarrier_arrive_expect(full, kBytes);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    tma_load_2d(smem_address(stage.b[half]), b_map, k * kBlockK, b_row(shape, tile, half), full);
+    tma_load_2d(smem_address(stage.b[half]), b_map, k * shape.k_columns,
+                tile.expert * shape.expert_stride + k * shape.k_stride + b_row(shape, tile, half), full);
   tma_load_2d(smem_address(shared.a_scale[at.stage]), a_scale_map, tile.row0, k, full);
   if constexpr (!kGather) tma_load_2d(smem_address(stage.a), a_map, k * kBlockK, tile.row0, full);
 }
@@ -134,7 +139,7 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
 }
 
 // A math warpgroup: 64 rows x 256 columns of every tile, one 64 x 128 accumulator reused for the two halves.
-template <class Epilogue, class Activation, class Shared>
+template <class Epilogue, class Shared>
 DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule& schedule, const Epilogue& epilogue,
                      int warpgroup, int thread) {
   GemmCursor at;
@@ -157,7 +162,8 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule&
     float scale_b[2], sums[2][64], acc[64];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      b_scale[half] = shape.b_scale + int64_t(b_row(shape, tile, half) / 128) * shape.k_blocks;
+      const int row = tile.expert * shape.rows_per_expert + b_row(shape, tile, half);
+      b_scale[half] = shape.b_scale + int64_t(row / 128) * shape.k_blocks;
       scale_b[half] = __ldg(b_scale[half]);
 #pragma unroll
       for (int i = 0; i < 64; ++i) sums[half][i] = 0.f;
@@ -201,12 +207,12 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule&
         scale_b[half] = next_scale_b[half];
       }
     }
-    epilogue.template run<Activation>(wg, sums, tile.column);
+    epilogue.run(wg, sums, tile);
   }
 }
 
 // The kernels (grouped_gemm_sm90.cu). Tensor maps: A [rows, K] in boxes of 128 x 128 bytes, its scales [K/128, rows] in
-// boxes of 1 x 128, B [L * rows_per_expert, K] in boxes of 128 x 128 bytes.
+// boxes of 1 x 128, B in boxes of 128 x 128 bytes.
 __global__ void gemm1_sm90(const __grid_constant__ CUtensorMap a_scale_map, const __grid_constant__ CUtensorMap b_map,
                            const __grid_constant__ GatherA gather, const __grid_constant__ GemmShape shape,
                            const __grid_constant__ TileSchedule schedule,

@@ -88,6 +88,12 @@ DEVICE uint4 load_shared_v4(uint32_t smem) {
 DEVICE void store_shared_u16(uint32_t smem, uint16_t v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(smem), "h"(v) : "memory");
 }
+DEVICE void store_shared_u32(uint32_t smem, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(v) : "memory");
+}
+DEVICE void store_shared_v2(uint32_t smem, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(smem), "r"(v.x), "r"(v.y) : "memory");
+}
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b), "r"(c),

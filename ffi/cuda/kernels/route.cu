@@ -7,9 +7,9 @@ namespace {
 
 constexpr int kWarps = kRouteThreads / 32;
 
-// The local expert of a packed id, or -1.
-DEVICE int local_expert(const RouteParameters& p, int packed, int64_t offset) {
-  const int64_t id = packed >> 16, local = id - offset;
+// The local expert of an element of topk_ids, or -1.
+DEVICE int local_expert(const RouteParameters& p, int element, int64_t offset) {
+  const int64_t id = p.packed ? element >> 16 : element, local = id - offset;
   return id >= 0 && id < p.num_experts && local >= 0 && local < p.local_num_experts ? int(local) : -1;
 }
 DEVICE int64_t expert_offset(const RouteParameters& p) {
@@ -116,8 +116,8 @@ DEVICE void place_chunk(const RouteParameters& p, int64_t offset, int* next) {
   const int begin = blockIdx.x * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
   for (int base = begin; base < end; base += kRouteThreads) {
     const int i = base + threadIdx.x;
-    const int packed = i < end ? p.topk_ids[i] : -1;
-    const int e = local_expert(p, packed, offset);
+    const int element = i < end ? p.topk_ids[i] : -1;
+    const int e = local_expert(p, element, offset);
     const unsigned peers = __match_any_sync(~0u, e);
     const int rank = __popc(peers & ((1u << lane) - 1));
     int row = -1;
@@ -133,7 +133,8 @@ DEVICE void place_chunk(const RouteParameters& p, int64_t offset, int* next) {
     if (i < end) {
       p.expanded_idx_to_permuted_idx[i] = row;
       if (row >= 0) p.permuted_idx_to_token[row] = i / p.top_k;
-      if (p.expert_weights) p.expert_weights[i] = uint16_t(packed);
+      if (row >= 0 && p.permuted_idx_to_expanded_idx) p.permuted_idx_to_expanded_idx[row] = i;
+      if (p.expert_weights) p.expert_weights[i] = uint16_t(element);
     }
   }
 }

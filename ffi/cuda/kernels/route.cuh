@@ -10,9 +10,10 @@ namespace jax_moe::cuda {
 inline constexpr int kRouteThreads = 1024;
 
 struct RouteParameters {
-  const int32_t* topk_ids;             // [num_expanded], (id << 16) | bf16
+  const int32_t* topk_ids;             // [num_expanded], (id << 16) | bf16 when packed, else ids
   const int32_t* local_expert_offset;  // on the device, or null: `offset`
   int64_t offset;
+  bool packed;
   int num_expanded;  // T * K
   int top_k;
   int num_experts;
@@ -22,10 +23,11 @@ struct RouteParameters {
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks], used when num_chunks > 1
   int32_t* expanded_idx_to_permuted_idx;  // [num_expanded], -1: no row
   int32_t* permuted_idx_to_token;         // [rows]
+  int32_t* permuted_idx_to_expanded_idx;  // [rows], or null
   int32_t* expert_offsets;                // [L + 1]
   int32_t* num_m_blocks;                  // [1]
   MBlock* m_blocks;
-  uint16_t* expert_weights;  // bf16 [num_expanded], or null
+  uint16_t* expert_weights;  // bf16 [num_expanded], or null; packed only
 };
 
 // Rows of each local expert in each chunk. Only launched when num_chunks > 1. Dynamic shared memory: L int32.

@@ -1,0 +1,88 @@
+"""The memory orders that weights may have: rows shuffled for an epilogue tile, and K in blocks of 128 columns.
+
+Everything here is a reshape and a swap of axes, so that one function serves numpy, jax and torch arrays (float8 ones
+too, on any device, under jit). Imports neither of them. Block scales have no such orders: they stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+AnyArray = TypeVar("AnyArray")  # of numpy, jax or torch
+
+# Groups of rows, as (lanes, rows a lane): new row n of a group takes old row rows_a_lane * (n % lanes) + n // lanes.
+GROUPS = {64: (8, 2), 128: (8, 4)}
+
+
+def shuffle_rows(num_rows: int, epilogue_tile_m: int) -> NDArray[np.int64]:
+    """The rows that `shuffle_matrix_a` takes: new row n is old row shuffle_rows(...)[n]. int64 [num_rows].
+
+    Raises ValueError for an epilogue_tile_m other than 64 and 128, or rows that are not whole groups (of 16 and 32).
+    """
+    return shuffle_matrix_a(np.arange(num_rows)[:, None], epilogue_tile_m)[:, 0]
+
+
+def shuffle_matrix_a(x: AnyArray, epilogue_tile_m: int) -> AnyArray:
+    """[..., rows, columns] of any dtype, its rows in the order of an epilogue tile of 64 (DeepSeekFp8) or 128 rows.
+
+    With 64 the first 16 rows are 0 2 4 6 8 10 12 14 1 3 5 7 9 11 13 15; with 128 the first 32 are
+    0 4 8 12 16 20 24 28 1 5 9 13 ... Both halves of gemm1_weights are shuffled in place, each inside itself. Raises
+    ValueError as `shuffle_rows`.
+    """
+    lanes, rows_a_lane = _group("shuffle_matrix_a", x, epilogue_tile_m)
+    return _with_rows_swapped(x, lanes, rows_a_lane)
+
+
+def unshuffle_matrix_a(x: AnyArray, epilogue_tile_m: int) -> AnyArray:
+    """The inverse of `shuffle_matrix_a`."""
+    lanes, rows_a_lane = _group("unshuffle_matrix_a", x, epilogue_tile_m)
+    return _with_rows_swapped(x, rows_a_lane, lanes)
+
+
+def to_block_major_k(x: AnyArray, block_k: int = 128) -> AnyArray:
+    """[..., M, K] -> contiguous [..., K / block_k, M, block_k]: y[kb, m, kk] = x[m, block_k * kb + kk].
+
+    Raises ValueError unless K is a multiple of block_k.
+    """
+    *outer, rows, columns = _shape("to_block_major_k", x, 2)
+    if block_k < 1:
+        raise ValueError(f"to_block_major_k: block_k must be positive, got {block_k}")
+    if columns % block_k:
+        raise ValueError(f"to_block_major_k: x must be of columns that are a multiple of {block_k}, got {columns}")
+    return _swapped(x, (*outer, rows, columns // block_k, block_k), (*outer, columns // block_k, rows, block_k))
+
+
+def from_block_major_k(x: AnyArray) -> AnyArray:
+    """[..., K / block_k, M, block_k] -> contiguous [..., M, K]: the inverse of `to_block_major_k`."""
+    *outer, blocks, rows, block_k = _shape("from_block_major_k", x, 3)
+    return _swapped(x, (*outer, blocks, rows, block_k), (*outer, rows, blocks * block_k))
+
+
+def _with_rows_swapped(x: Any, lanes: int, rows_a_lane: int) -> Any:
+    *outer, rows, columns = x.shape
+    groups = rows // (lanes * rows_a_lane)
+    return _swapped(x, (*outer, groups, lanes, rows_a_lane, columns), (*outer, rows, columns))
+
+
+def _swapped(x: Any, shape: tuple[int, ...], result: tuple[int, ...]) -> Any:
+    """`x` as `shape`, the two axes before the last swapped, as a contiguous array of the shape `result`."""
+    return x.reshape(shape).swapaxes(-3, -2).reshape((-1,)).reshape(result)
+
+
+def _group(function: str, x: Any, epilogue_tile_m: int) -> tuple[int, int]:
+    if epilogue_tile_m not in GROUPS:
+        raise ValueError(f"{function}: epilogue_tile_m must be 64 or 128, got {epilogue_tile_m!r}")
+    lanes, rows_a_lane = GROUPS[epilogue_tile_m]
+    rows, group = _shape(function, x, 2)[-2], lanes * rows_a_lane
+    if rows % group:
+        raise ValueError(f"{function}: x must be of rows that are a multiple of {group}, got {rows}")
+    return lanes, rows_a_lane
+
+
+def _shape(function: str, x: Any, rank: int) -> tuple[int, ...]:
+    if len(x.shape) < rank:
+        raise ValueError(f"{function}: x must be of at least {rank} dimensions, got {tuple(x.shape)}")
+    return tuple(x.shape)

@@ -1,0 +1,137 @@
+"""Weight layouts: the orders that the contract states, their inverses, and one function for three kinds of arrays."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import examples
+
+from jax_moe import layout
+
+FIRST = {
+    64: [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15],
+    128: [*range(0, 32, 4), *range(1, 32, 4), *range(2, 32, 4), *range(3, 32, 4)],
+}
+tiles = pytest.mark.parametrize("tile", [64, 128])
+
+
+def codes(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8).view(ml_dtypes.float8_e4m3fn)
+
+
+@tiles
+def test_the_first_group_is_that_of_the_contract(tile):
+    group = len(FIRST[tile])
+    assert layout.shuffle_rows(group, tile).tolist() == FIRST[tile]
+    rows = layout.shuffle_rows(4 * group, tile)
+    assert [[row % group for row in part] for part in rows.reshape(4, group).tolist()] == [FIRST[tile]] * 4
+    assert (rows // group).tolist() == (np.arange(4 * group) // group).tolist()
+
+
+def test_rows_are_those_of_the_formulas():
+    n = np.arange(384)
+    r = n % 16
+    assert np.array_equal(layout.shuffle_rows(384, 64), 16 * (n // 16) + np.where(r < 8, 2 * r, 2 * (r - 8) + 1))
+    r = n % 32
+    assert np.array_equal(layout.shuffle_rows(384, 128), 32 * (n // 32) + 4 * (r % 8) + r // 8)
+
+
+@tiles
+@pytest.mark.parametrize("shape", [(128, 5), (3, 64, 128), (2, 3, 32, 1), (0, 32, 4), (2, 0, 4), (2, 32, 0)], ids=str)
+def test_a_matrix_is_shuffled_by_those_rows_and_back(tile, shape):
+    x = codes(*shape)
+    shuffled = layout.shuffle_matrix_a(x, tile)
+    rows = layout.shuffle_rows(shape[-2], tile)
+    assert np.array_equal(shuffled.view(np.uint8), x[..., rows, :].view(np.uint8))
+    assert np.array_equal(layout.unshuffle_matrix_a(shuffled, tile).view(np.uint8), x.view(np.uint8))
+    assert shuffled.dtype == x.dtype and shuffled.flags.c_contiguous
+
+
+@pytest.mark.parametrize("shape", [(5, 256), (3, 7, 128), (2, 2, 1, 384), (0, 4, 128), (2, 0, 256), (3, 4, 0)], ids=str)
+def test_block_major_k_is_blocks_of_columns_and_back(shape):
+    x = codes(*shape)
+    blocked = layout.to_block_major_k(x)
+    assert blocked.shape == (*shape[:-2], shape[-1] // 128, shape[-2], 128) and blocked.flags.c_contiguous
+    for block in range(shape[-1] // 128):
+        part = x[..., 128 * block : 128 * block + 128]
+        assert np.array_equal(blocked[..., block, :, :].view(np.uint8), part.view(np.uint8))
+    back = layout.from_block_major_k(blocked)
+    assert np.array_equal(back.view(np.uint8), x.view(np.uint8)) and back.flags.c_contiguous
+
+
+def test_another_block_size():
+    blocked = layout.to_block_major_k(np.arange(24).reshape(3, 8), 4)
+    assert blocked.tolist() == [
+        [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]],
+        [[4, 5, 6, 7], [12, 13, 14, 15], [20, 21, 22, 23]],
+    ]
+
+
+@examples(60)
+@given(st.integers(1, 6), st.integers(1, 4), st.sampled_from((64, 128)), st.booleans())
+def test_layouts_commute(groups, blocks, tile, block_first):
+    """Rows may be shuffled before or after K is blocked."""
+    x = np.arange(32 * groups * 128 * blocks).reshape(32 * groups, 128 * blocks)
+    y = layout.shuffle_matrix_a(layout.to_block_major_k(x), tile)
+    assert np.array_equal(y, layout.to_block_major_k(layout.shuffle_matrix_a(x, tile)))
+    undone = (
+        layout.from_block_major_k(layout.unshuffle_matrix_a(y, tile))
+        if block_first
+        else layout.unshuffle_matrix_a(layout.from_block_major_k(y), tile)
+    )
+    assert np.array_equal(undone, x)
+
+
+FUNCTIONS = {
+    "shuffle_64": lambda x: layout.shuffle_matrix_a(x, 64),
+    "shuffle_128": lambda x: layout.shuffle_matrix_a(x, 128),
+    "unshuffle_64": lambda x: layout.unshuffle_matrix_a(x, 64),
+    "unshuffle_128": lambda x: layout.unshuffle_matrix_a(x, 128),
+    "to_block_major_k": layout.to_block_major_k,
+    "from_block_major_k": layout.from_block_major_k,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_jax_arrays(name):
+    jax = pytest.importorskip("jax")
+    x = codes(2, 3, 64, 256)
+    expected = FUNCTIONS[name](x)
+    for function in (FUNCTIONS[name], jax.jit(FUNCTIONS[name]), jax.vmap(FUNCTIONS[name])):
+        actual = np.asarray(function(jax.numpy.asarray(x)))
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype
+        assert np.array_equal(actual.view(np.uint8), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_torch_tensors(name, contiguous):
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(codes(3, 64, 256).view(np.uint8))
+    if not contiguous:
+        x = torch.stack([x, x], dim=-1)[..., 0]
+    actual = FUNCTIONS[name](x.view(torch.float8_e4m3fn) if contiguous else x)
+    assert actual.is_contiguous() and actual.dtype == (torch.float8_e4m3fn if contiguous else torch.uint8)
+    assert np.array_equal(actual.view(torch.uint8).numpy(), FUNCTIONS[name](x.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: layout.shuffle_rows(40, 64), "shuffle_matrix_a: x must be of rows that are a multiple of 16, got 40"),
+        (lambda: layout.shuffle_rows(48, 128), "shuffle_matrix_a: x must be of rows that are a multiple of 32, got 48"),
+        (lambda: layout.shuffle_rows(64, 32), "shuffle_matrix_a: epilogue_tile_m must be 64 or 128, got 32"),
+        (lambda: layout.shuffle_matrix_a(np.zeros(64), 64), "x must be of at least 2 dimensions, got (64,)"),
+        (lambda: layout.unshuffle_matrix_a(np.zeros((8, 2)), 64), "unshuffle_matrix_a: x must be of rows that are a"),
+        (lambda: layout.to_block_major_k(np.zeros((4, 130))), "of columns that are a multiple of 128, got 130"),
+        (lambda: layout.to_block_major_k(np.zeros((4, 128)), 0), "to_block_major_k: block_k must be positive, got 0"),
+        (lambda: layout.from_block_major_k(np.zeros((4, 128))), "of at least 3 dimensions, got (4, 128)"),
+    ],
+)
+def test_refused(call, words):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert words in str(caught.value)
