@@ -1,5 +1,5 @@
-// NOTE: the two loads of an inner iteration hit the first-level cache: a decoded tile is 8 KiB, and few rows of x are
-// in use at a time.
+// Decodes weights to tiles of 16 weight rows side by side, 8 KiB each, so that a vector holds one value of K for many
+// weight rows and no sum is ever spread over lanes. A tile stays in the first-level cache while all rows use it.
 #include "multiply.h"
 
 #include "float8.h"
@@ -21,12 +21,17 @@ JAX_MOE_INLINE void DecodeRowsOn(const uint8_t* const* rows, int num_rows, int64
   }
 }
 
-// kTileColumns weight rows of 128 codes, transposed.
+// kTileColumns weight rows of 128 codes, transposed. NOTE: also asks for the next 128 of K, which the walk over K comes
+// to after the other weight rows of the item; past the end of the weights that is harmless.
 JAX_MOE_INLINE void DecodeTile(const uint8_t* weights, int64_t stride, Tile& tile) {
   constexpr int kWords = kScaleBlock / 4;  // four codes travel in a word
   alignas(64) int32_t words[kWords][kTileColumns];
-  for (int n = 0; n < kTileColumns; ++n)
-    for (int i = 0; i < kWords; ++i) std::memcpy(&words[i][n], weights + n * stride + 4 * i, 4);
+  for (int n = 0; n < kTileColumns; ++n) {
+    const uint8_t* codes = weights + n * stride;
+    __builtin_prefetch(codes + kScaleBlock);
+    __builtin_prefetch(codes + kScaleBlock + 64);
+    for (int i = 0; i < kWords; ++i) std::memcpy(&words[i][n], codes + 4 * i, 4);
+  }
   for (int i = 0; i < kWords; ++i)
     for (int j = 0; j < 4; ++j)
       for (int n = 0; n < kTileColumns; ++n) tile.values[4 * i + j][n] = FloatFromFloat8(words[i][n] >> (8 * j));
