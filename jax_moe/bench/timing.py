@@ -1,0 +1,141 @@
+"""How a call is timed: programs that run it many times, and the state of the device in which they are asked.
+
+A program's time(repeats) runs it `repeats` times in a row and gives the seconds a call of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+# cool: bursts of BURST seconds after pauses, clocks raised by WARM seconds of load before each burst.
+# sustained: after LOAD seconds of load. steady: in a row, for a host without such states.
+STATES = ("cool", "sustained", "steady")
+PAUSE, WARM, BURST, LOAD = 0.2, 0.03, 0.06, 1.0
+STEADY_BUDGET = 4.0  # seconds for all repeats; at least three are made
+
+
+class Program(Protocol):
+    calls: int  # a repeat
+
+    def time(self, repeats: int) -> list[float]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds a call, over `samples` repeats."""
+
+    median: float
+    fastest: float
+    slowest: float
+    samples: int
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Timing:
+        return Timing(statistics.median(samples), min(samples), max(samples), len(samples))
+
+
+def measure(program: Program, state: str, repeats: int, pause: float = PAUSE) -> Timing:
+    """The median of `repeats` repeats with the device in `state` (one of STATES)."""
+    repeat_seconds = program.calls * min(program.time(2))
+
+    def repeats_in(seconds: float) -> int:
+        return max(1, round(seconds / repeat_seconds))
+
+    if state == "steady":
+        return Timing.of(program.time(min(repeats, max(3, int(STEADY_BUDGET / repeat_seconds)))))
+    if state == "sustained":
+        program.time(repeats_in(LOAD))
+        return Timing.of(program.time(repeats))
+    samples: list[float] = []
+    while len(samples) < repeats:
+        time.sleep(pause)
+        program.time(repeats_in(WARM))
+        samples += program.time(min(repeats - len(samples), repeats_in(BURST)))
+    return Timing.of(samples)
+
+
+class WallClock:
+    """Calls that return when they are done, one a repeat, in rotation."""
+
+    calls = 1
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        self._rotation = itertools.cycle(calls)
+
+    def time(self, repeats: int) -> list[float]:
+        seconds = []
+        for call in itertools.islice(self._rotation, repeats):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+class Dispatches:
+    """A function that starts `calls` calls on a device and returns at once; `wait` blocks on what it returned.
+
+    A repeat is several dispatches without waiting in between, so that the device never idles, then one wait.
+    """
+
+    def __init__(self, dispatch: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> None:
+        wait(dispatch())
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            wait(dispatch())
+            seconds.append(time.perf_counter() - start)
+        self._dispatch, self._wait = dispatch, wait
+        self._dispatches = min(16, max(1, round(4e-3 / min(seconds))))
+        self.calls = calls * self._dispatches
+
+    def time(self, repeats: int) -> list[float]:
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            result = None
+            for _ in range(self._dispatches):
+                result = self._dispatch()
+            self._wait(result)
+            seconds.append((time.perf_counter() - start) / self.calls)
+        return seconds
+
+
+class CudaGraph:
+    """Calls captured one after another in a CUDA graph; events around each replay.
+
+    One more replay runs ahead of the first event, so that the host is always ahead of the device.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        import torch
+
+        self.calls = len(calls)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: what JAX's threads do meanwhile is none of this capture's business.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            for call in calls:
+                call()
+
+    def time(self, repeats: int) -> list[float]:
+        import torch
+
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        self._graph.replay()
+        events[0].record()
+        for event in events[1:]:
+            self._graph.replay()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 / self.calls for a, b in itertools.pairwise(events)]
