@@ -40,7 +40,7 @@ CUDA_PACKAGES = [
     "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-cccl==13.0.85",
 ]
-OLDEST_NVCC = (12, 5)  # CMakeLists.txt has the same bound
+OLDEST_NVCC = (12, 0)  # CMakeLists.txt has the same bound
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import re
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -233,15 +232,14 @@ def _custom_call(call: _Call, operands: tuple[jax.Array, ...]) -> tuple[jax.Arra
     if call.options.do_finalize:
         shapes["expanded_idx_to_permuted_idx"] = Array((0,), "int32")
 
-    # Under shard_map all operands of a custom call vary over the same mesh axes, and so do its results.
-    axes = sorted(set().union(*map(_varying_axes, operands)))
-    operands = tuple(_vary(x, axes) for x in operands)
     results = jax.ffi.ffi_call(native.TARGET, [jax.ShapeDtypeStruct(*shapes[name]) for name in OUTPUTS])(
         *operands,
         **problem.attributes(),
         hidden_states_scale_token_major=int(call.scale_is_token_major),
     )
     by_name: dict[str, jax.Array] = dict(zip(OUTPUTS, results, strict=True))
+    # Under shard_map results differ between the devices that operands differ between, which JAX cannot know.
+    axes = sorted(set().union(*map(_varying_axes, operands)))
     return tuple(_vary(by_name[name], axes) for name in problem.returned())
 
 
@@ -303,20 +301,11 @@ def _runtime_ffi_version() -> tuple[int, int]:
     return int(found["MAJOR"]), int(found["MINOR"])
 
 
-_registering = threading.Lock()
-_registered = False
-
-
 def _register() -> None:
-    global _registered
-    with _registering:
-        if _registered:
-            return
-        native.check_ffi_version(_runtime_ffi_version())
-        for platform, targets in native.load().registrations().items():
-            for target, handler in targets.items():
-                jax.ffi.register_ffi_target(target, handler, platform=platform, api_version=1)
-        _registered = True
+    native.check_ffi_version(_runtime_ffi_version())
+    for platform, targets in native.load().registrations().items():
+        for target, handler in targets.items():
+            jax.ffi.register_ffi_target(target, handler, platform=platform, api_version=1)
 
 
 _register()
