@@ -1,0 +1,97 @@
+// The functions of ffi/cuda/kernels/ptx.cuh and wgmma_sm90.cuh for the emulated machine, same names and meaning.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define DEVICE inline
+
+namespace emulation {
+
+// barriers.cc
+void init_mbarrier(uint32_t smem, uint32_t arrivals);
+void arrive_mbarrier(uint32_t smem, uint32_t bytes);
+void wait_mbarrier(uint32_t smem, uint32_t parity);
+// shared_memory.cc
+uint8_t* dynamic_shared();
+uint32_t shared_address(const void* p);
+const uint8_t* read_shared(uint32_t smem, uint32_t bytes);  // checked, ordinary accesses
+void write_shared(uint32_t smem, const void* from, uint32_t bytes);
+void publish_to_async_proxy();
+// copies.cc
+void check_tensor_map(const CUtensorMap* map);
+void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier);
+void queue_cp_async(uint32_t smem, const void* global);
+void commit_cp_async();
+void wait_cp_async(int pending);
+// wgmma.cc
+void store_matrix(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
+void fence_wgmma();
+void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate);
+void commit_wgmma();
+void wait_wgmma();
+void set_registers(int registers);
+
+}  // namespace emulation
+
+namespace jax_moe::cuda {
+
+DEVICE uint8_t* dynamic_shared_memory() { return emulation::dynamic_shared(); }
+DEVICE uint32_t smem_address(const void* p) { return emulation::shared_address(p); }
+
+DEVICE void mbarrier_init(uint32_t smem, uint32_t arrivals) { emulation::init_mbarrier(smem, arrivals); }
+DEVICE void mbarrier_fence_init() {}
+DEVICE void mbarrier_arrive(uint32_t smem) { emulation::arrive_mbarrier(smem, 0); }
+DEVICE void mbarrier_arrive_expect(uint32_t smem, uint32_t bytes) { emulation::arrive_mbarrier(smem, bytes); }
+DEVICE void mbarrier_wait(uint32_t smem, uint32_t parity) { emulation::wait_mbarrier(smem, parity); }
+
+DEVICE void prefetch_tensor_map(const CUtensorMap* map) { emulation::check_tensor_map(map); }
+DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+  emulation::queue_tensor_load(smem, map, x, y, barrier);
+}
+DEVICE void cp_async_16(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global); }
+DEVICE void cp_async_commit() { emulation::commit_cp_async(); }
+template <int kPending>
+DEVICE void cp_async_wait() {
+  emulation::wait_cp_async(kPending);
+}
+DEVICE void fence_proxy_async() { emulation::publish_to_async_proxy(); }
+
+template <class T>
+DEVICE T load_shared(uint32_t smem) {
+  T v;
+  std::memcpy(&v, emulation::read_shared(smem, sizeof v), sizeof v);
+  return v;
+}
+DEVICE float load_shared_f32(uint32_t smem) { return load_shared<float>(smem); }
+DEVICE uint4 load_shared_v4(uint32_t smem) { return load_shared<uint4>(smem); }
+DEVICE void store_shared_u16(uint32_t smem, uint16_t v) { emulation::write_shared(smem, &v, sizeof v); }
+DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  emulation::store_matrix(smem, a, b, c, d);
+}
+
+DEVICE void named_barrier_sync(int id, int threads) { emulation::barrier_sync(id, threads); }
+template <int kRegisters>
+DEVICE void reduce_registers() {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
+  emulation::set_registers(kRegisters);
+}
+template <int kRegisters>
+DEVICE void raise_registers() {
+  reduce_registers<kRegisters>();
+}
+
+DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
+  return (uint64_t((smem & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+DEVICE void wgmma_fence() { emulation::fence_wgmma(); }
+DEVICE void wgmma_commit() { emulation::commit_wgmma(); }
+DEVICE void wgmma_wait() { emulation::wait_wgmma(); }
+template <int kCount>
+DEVICE void register_fence(float (&)[kCount]) {}
+DEVICE void wgmma_m64n128k32_e4m3(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  emulation::issue_wgmma(d, 128, a, b, accumulate);
+}
+
+}  // namespace jax_moe::cuda

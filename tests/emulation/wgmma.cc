@@ -1,0 +1,217 @@
+// What a warp does as one: wgmma, stmatrix, setmaxnreg. A wgmma reads its operands when its warp commits it or when it
+// waits for it (drawn for every CTA), each warp its own 16 rows; the accumulators hold NaN until the wait. The four
+// warps of a warpgroup must issue the same sequence.
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "machine.h"
+
+namespace emulation {
+namespace {
+
+constexpr int kK = 32, kN = 128, kWarpRows = 16;
+constexpr uint32_t kInFlight = 0x7FBADBAD;  // NaN
+constexpr uint32_t kRegistersOfSm = 65536;
+
+struct Issued {
+  uint64_t a, b;
+  bool accumulate;
+};
+struct Warpgroup {
+  std::vector<Issued> issued;  // by whichever warp was first
+  size_t executed[4];          // of them, by each warp
+};
+Warpgroup warpgroups[8];
+bool early = false;  // operands are read at the commit
+
+std::array<float, 256> decode_table() {
+  std::array<float, 256> table;
+  for (int code = 0; code < 256; ++code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float magnitude = exponent ? std::ldexp(float(8 + mantissa), exponent - 10) : std::ldexp(float(mantissa), -9);
+    table[code] = (code & 0x7F) == 0x7F ? NAN : code & 0x80 ? -magnitude : magnitude;
+  }
+  return table;
+}
+
+// 16 bytes of row `row`, K bytes [16 piece, 16 piece + 16), of the tile that a descriptor names.
+const uint8_t* operand(uint64_t descriptor, int row, int piece, const char* name) {
+  const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4;
+  const uint32_t group_stride = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
+  if (descriptor >> 62 != 1)
+    fail("wgmma %s: descriptor %#llx is not of a 128-byte swizzle", name, (unsigned long long)descriptor);
+  if (start & 0x380)
+    fail("wgmma %s: the tile at %#x does not begin at a multiple of 1024 (plus an offset in K)", name, start);
+  const uint32_t linear = start + row / 8 * group_stride + row % 8 * 128 + piece * 16;
+  const uint32_t at = linear ^ (linear >> 3 & 0x70);
+  const SharedViews views = shared_views(at, 16, "wgmma operand");
+  check_read(at, 16);
+  if (std::memcmp(views.ordinary, views.async, 16) != 0)
+    fail(
+        "wgmma %s: row %d, shared address %#x: a thread wrote these bytes and no fence_proxy_async() of that thread "
+        "followed",
+        name, row, at);
+  return views.async;
+}
+
+// d[16][128] (+)= A rows [16 warp_row ...] B^T
+void multiply(float (*d)[kN], uint64_t a, uint64_t b, bool accumulate, int warp_in_group) {
+  static const std::array<float, 256> decode = decode_table();
+  static float b_values[kK][kN];
+  float a_values[kWarpRows][kK];
+  for (int n = 0; n < kN; ++n)
+    for (int piece = 0; piece < kK / 16; ++piece) {
+      const uint8_t* codes = operand(b, n, piece, "B");
+      for (int k = 0; k < 16; ++k) b_values[piece * 16 + k][n] = decode[codes[k]];
+    }
+  for (int m = 0; m < kWarpRows; ++m)
+    for (int piece = 0; piece < kK / 16; ++piece) {
+      const uint8_t* codes = operand(a, warp_in_group * kWarpRows + m, piece, "A");
+      for (int k = 0; k < 16; ++k) a_values[m][piece * 16 + k] = decode[codes[k]];
+    }
+  for (int m = 0; m < kWarpRows; ++m) {
+    float sums[kN];
+    for (int n = 0; n < kN; ++n) sums[n] = 0.f;
+    for (int k = 0; k < kK; ++k) {
+      const float v = a_values[m][k];
+      for (int n = 0; n < kN; ++n) sums[n] += v * b_values[k][n];
+    }
+    for (int n = 0; n < kN; ++n) d[m][n] = accumulate ? d[m][n] + sums[n] : sums[n];
+  }
+}
+
+// Operands may be read until the wait: says so of what was computed before.
+void touch(const WgmmaOp& op, int warp_in_group) {
+  for (int piece = 0; piece < kK / 16; ++piece) {
+    for (int n = 0; n < kN; ++n) operand(op.b, n, piece, "B");
+    for (int m = 0; m < kWarpRows; ++m) operand(op.a, warp_in_group * kWarpRows + m, piece, "A");
+  }
+}
+
+// Column and row (in the warp's 16) of accumulator i of a lane.
+int fragment_row(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
+int fragment_column(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
+
+void check_lanes_agree(int first) {
+  const Thread& lane0 = thread(first);
+  for (int lane = 1; lane < 32; ++lane) {
+    const Thread& t = thread(first + lane);
+    bool same = t.wgmmas.size() == lane0.wgmmas.size() && t.accumulators.size() == lane0.accumulators.size();
+    for (size_t i = 0; same && i < t.wgmmas.size(); ++i)
+      same = t.wgmmas[i].a == lane0.wgmmas[i].a && t.wgmmas[i].b == lane0.wgmmas[i].b &&
+             t.wgmmas[i].accumulate == lane0.wgmmas[i].accumulate;
+    if (!same) fail("lanes 0 and %d of a warp have issued different wgmmas", lane);
+  }
+}
+
+// All lanes of the current warp are here: computes what they have committed, into their `value`s.
+void execute(const LanePayload*) {
+  const int first = current->index / 32 * 32, warp_in_group = current->index / 32 % 4;
+  check_lanes_agree(first);
+  const Thread& lane0 = thread(first);
+  static float d[kWarpRows][kN];
+  const size_t first_new = lane0.executed_wgmmas;
+  for (size_t i = 0; i < first_new; ++i) touch(lane0.wgmmas[i], warp_in_group);
+  for (size_t which = 0; which < lane0.accumulators.size(); ++which) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 64; ++i)
+        d[fragment_row(lane, i)][fragment_column(lane, i)] = thread(first + lane).accumulators[which].value[i];
+    for (size_t i = first_new; i < lane0.wgmmas.size(); ++i) {
+      const WgmmaOp& op = lane0.wgmmas[i];
+      if (op.d == lane0.accumulators[which].d) multiply(d, op.a, op.b, op.accumulate, warp_in_group);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 64; ++i)
+        thread(first + lane).accumulators[which].value[i] = d[fragment_row(lane, i)][fragment_column(lane, i)];
+  }
+  Warpgroup& group = warpgroups[current->index / 128];
+  size_t& executed = group.executed[warp_in_group];
+  for (size_t i = first_new; i < lane0.wgmmas.size(); ++i) {
+    const WgmmaOp& op = lane0.wgmmas[i];
+    if (executed == group.issued.size()) group.issued.push_back({op.a, op.b, op.accumulate});
+    const Issued& other = group.issued[executed++];
+    if (other.a != op.a || other.b != op.b || other.accumulate != op.accumulate)
+      fail("wgmma %d of this warp has other operands than in another warp of its warpgroup", int(executed - 1));
+  }
+  for (int lane = 0; lane < 32; ++lane) thread(first + lane).executed_wgmmas = lane0.wgmmas.size();
+}
+
+}  // namespace
+
+void reset_wgmma() {
+  for (Warpgroup& group : warpgroups) group = {};
+  early = random_below(2);
+}
+
+void check_wgmma() {
+  // A thread starts with as many as __launch_bounds__(threads, 1) leaves it.
+  const int threads = num_threads(), at_launch = std::min(int(kRegistersOfSm) / threads / 8 * 8, 255);
+  int registers = 0;
+  for (int i = 0; i < threads; ++i) registers += thread(i).registers ? thread(i).registers : at_launch;
+  if (registers > at_launch * threads)
+    fail("setmaxnreg gives the CTA %d registers, it was launched with %d", registers, at_launch * threads);
+  for (const Warpgroup& group : warpgroups)
+    for (const size_t executed : group.executed)
+      if (executed != group.issued.size())
+        fail("the warps of a warpgroup have issued %d and %d wgmmas", int(executed), int(group.issued.size()));
+}
+
+void finish_thread_wgmma(Thread& thread) {
+  if (!thread.accumulators.empty()) fail("a thread exits with a wgmma in flight");
+}
+
+void fence_wgmma() { current->wgmma_fenced = true; }
+
+void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate) {
+  if (n != kN) fail("only wgmma with N = 128 is emulated");
+  if (!current->wgmma_fenced) fail("wgmma without a wgmma_fence() since its accumulators could last be accessed");
+  Thread& t = *current;
+  bool in_flight = false;
+  for (const Accumulator& other : t.accumulators) in_flight |= other.d == d;
+  if (!in_flight) {
+    Accumulator& fresh = t.accumulators.emplace_back();
+    fresh.d = d;
+    std::memcpy(fresh.value, d, sizeof fresh.value);
+    for (int i = 0; i < 64; ++i) d[i] = __uint_as_float(kInFlight);
+  }
+  t.wgmmas.push_back({d, a, b, accumulate != 0});
+  t.wgmmas_committed = false;
+}
+
+void commit_wgmma() {
+  current->wgmmas_committed = true;
+  if (early) meet(Meeting::kWgmma, ~0u, {}, execute);
+}
+
+void wait_wgmma() {
+  Thread& t = *current;
+  if (!t.accumulators.empty() && !t.wgmmas_committed) fail("wgmma_wait() with a wgmma that was not committed");
+  meet(Meeting::kWgmma, ~0u, {}, execute);
+  for (const Accumulator& accumulator : t.accumulators)
+    for (int i = 0; i < 64; ++i) {
+      if (__float_as_uint(accumulator.d[i]) != kInFlight)
+        fail("accumulator %d was written while its wgmma was in flight", i);
+      accumulator.d[i] = accumulator.value[i];
+    }
+  t.accumulators.clear();
+  t.wgmmas.clear();
+  t.executed_wgmmas = 0;
+  t.wgmma_fenced = false;
+}
+
+void store_matrix(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const LanePayload* all = meet(Meeting::kStoreMatrix, ~0u, {{smem, a, b, c, d, 0}});
+  // This lane writes the row whose address it gave: columns 2 i and 2 i + 1 are with lane 4 (row) + i.
+  uint32_t row[4];
+  for (int i = 0; i < 4; ++i) row[i] = all[lane() % 8 * 4 + i].words[1 + lane() / 8];
+  if (smem % 16) fail("a row of stmatrix at %#x is misaligned", smem);
+  write_shared(smem, row, sizeof row);
+}
+
+void set_registers(int registers) {
+  meet(Meeting::kRegisters, ~0u, {});
+  current->registers = registers;
+}
+
+}  // namespace emulation

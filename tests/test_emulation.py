@@ -1,0 +1,181 @@
+"""The CUDA sources on an emulated sm_90 (tests/emulation): right results under many orders of events, and nothing that
+the hardware leaves undefined. First, that the emulated machine sees the mistakes that it is there for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+
+import cases
+import compare
+import emulated
+import ml_dtypes
+import numpy as np
+import pytest
+import results
+
+pytestmark = pytest.mark.skipif(bool(emulated.missing_compiler()), reason=str(emulated.missing_compiler()))
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulated.Emulator:
+    return emulated.Emulator(emulated.build(tmp_path_factory.mktemp("emulation")))
+
+
+# ---- the emulated machine --------------------------------------------------------------------------------------------
+RIGHT = (
+    "collectives",
+    "static_shared_memory_is_poisoned",
+    "neighbour_reads",
+    "fresh_mbarrier_passes_parity_one",
+    "tensor_map_rules",
+    "multiply",
+    "multiply_gathered",
+)
+# What is said of each mistake, in every order of events.
+WRONG = {
+    "missing_thread_at_barrier": r"deadlock.*\n.*barrier 0 of 64 threads : threads 0-39 41-63\n",
+    "different_counts_at_barrier": "barrier 3",
+    "different_masks": "__syncwarp with mask",
+    "different_instructions": "__shfl_sync with mask",
+    "exited_lane": "lane 7|exited: 1 threads",
+    "neighbour_reads_without_barrier": "race: a (read|write)",
+    "uninitialised_mbarrier": "no initialised mbarrier",
+    "bytes_that_never_come": "512 bytes missing",
+    "one_arrival_too_many": "an arrival more than the 1 of a phase",
+    "overwritten_mbarrier": "has been overwritten",
+    "past_dynamic_shared_memory": "written 0 bytes past its end",
+    "misaligned_shared": "misaligned",
+    "misaligned_global": "misaligned",
+    "misaligned_plain_store": "undefined behaviour",
+    "integer_overflow": "undefined behaviour",
+    "after_buffer": "byte 160 of 'victim'",
+    "before_buffer": "byte -4 of 'victim'",
+    "stack_overflow": "the stack of thread",
+    "shared_memory_not_asked_for": "cudaFuncSetAttribute",
+    "too_many_registers": "67584 registers",
+    "no_proxy_fence": "no fence_proxy_async",
+    "no_cp_async_wait": "no fence_proxy_async|wrong product",
+    "no_wgmma_fence": r"without a wgmma_fence\(\)",
+    "no_wgmma_commit": "not committed",
+    "early_release": "race: a write.*after the read",
+    "lane_zero_releases": "race|deadlock",
+    "early_accumulator_read": "wrong product.*nan",
+    "early_accumulator_write": "written while its wgmma was in flight",
+    "too_few_bytes": "a bulk copy brings",
+    "too_many_bytes": "deadlock",
+    "other_order": "other operands than in another warp",
+    "misplaced_tile": "does not begin at a multiple of 1024",
+    "unswizzled_a": "wrong product",
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernels_go_through(emulator: emulated.Emulator, name: str) -> None:
+    assert [emulator.selftest(name, seed) for seed in range(12)] == [""] * 12
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_kernels_are_reported(emulator: emulated.Emulator, name: str) -> None:
+    for seed in range(12):
+        error = emulator.selftest(name, seed)
+        assert re.search(WRONG[name], error), f"seed {seed}: {error}"
+
+
+def test_conversions_round_as_the_formats_say(emulator: emulated.Emulator) -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32)
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    exact = np.sort(codes[np.isfinite(codes)])
+    ties = (exact[1:] + exact[:-1]) / 2
+    near = np.concatenate(
+        [exact, ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, -np.float32(np.inf))]
+    )
+    small = (np.random.default_rng(1).standard_normal(200_000) * 30).astype(np.float32)
+    values = np.concatenate([bits.view(np.float32), near, small, np.float32([np.nan, np.inf, -np.inf])])
+    e4m3, bf16 = np.empty(values.size, np.uint8), np.empty(values.size, np.uint16)
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (values, e4m3, bf16)]
+    emulator.library.emulated_convert(pointers[0], ctypes.c_int64(values.size), pointers[1], pointers[2])
+    number = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        saturated = np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+        rounded = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    np.testing.assert_array_equal(e4m3[number], saturated[number])
+    np.testing.assert_array_equal(bf16[number], rounded[number])
+    assert np.all(e4m3[~number] == 0x7F) and np.all(bf16[~number] == 0x7FFF)
+
+
+# ---- the kernels -----------------------------------------------------------------------------------------------------
+def check(case: cases.Case, given: cases.Arrays, found: dict[str, np.ndarray]) -> None:
+    results.assert_matches(case, given, found)
+    if not case.do_finalize:
+        rows = np.count_nonzero(found["expanded_idx_to_permuted_idx"] >= 0)
+        others = found["gemm2_output"][rows:].view(np.uint16)
+        assert np.all(others == 0xFFFF), "a row of gemm2_output that the map does not name was written"
+
+
+@pytest.mark.parametrize("case", cases.SMALL, ids=lambda case: case.name)
+def test_results_are_the_references(emulator: emulated.Emulator, case: cases.Case) -> None:
+    given = cases.arrays(case)
+    check(case, given, emulated.run(emulator, case, given, seed=len(case.name)))
+
+
+@pytest.mark.parametrize("name", ["t53", "t129", "k22", "h640_i896", "routing_zipf_window", "unfinalized_bf16"])
+def test_no_order_of_events_changes_a_bit(emulator: emulated.Emulator, name: str) -> None:
+    case = cases.CASES[name]
+    given = cases.arrays(case)
+    runs = [emulated.run(emulator, case, given, seed=seed, num_sms=1 + seed * seed) for seed in range(6)]
+    check(case, given, runs[0])
+    for found in runs:
+        results.assert_same_results(found, runs[0])
+
+
+def test_the_experts_offset_may_be_on_the_device(emulator: emulated.Emulator) -> None:
+    case = cases.CASES["routing_uniform_window"]
+    given = cases.arrays(case)
+    check(case, given, emulated.run(emulator, case, given, offset_on_device=True))
+
+
+def test_many_rows_are_routed_in_chunks(emulator: emulated.Emulator) -> None:
+    case = cases.Case("chunks", 3000, 128, 128, 32, 8, (3, 5))
+    given = cases.arrays(case)
+    check(case, given, emulated.run(emulator, case, given, num_sms=4))
+
+
+def test_offsets_past_2_31(emulator: emulated.Emulator) -> None:
+    """The last two of many tokens go to the last of many experts; what nobody reads takes no memory."""
+    near = cases.Case("near", 2, 65536, 128, 1, 1, routing="one_expert", do_finalize=False)
+    tokens, experts = 2**31 // near.hidden + 3, 2**31 // (2 * near.inter * near.hidden) + 2
+    case = dataclasses.replace(near, name="far", tokens=tokens, experts=experts, window=(0, experts))
+    given = cases.arrays(near)
+    far = {name: far_end(name, array, tokens, experts) for name, array in given.items() if array is not None}
+    far["topk_ids"][:-2] = -65536  # id -1
+    far["topk_ids"][-2:] = given["topk_ids"] + (experts - 1 << 16)
+    found = emulated.run(emulator, case, far, num_sms=2)
+    row_of = found["expanded_idx_to_permuted_idx"]
+    assert np.all(row_of[:-2] == -1) and list(row_of[-2:]) == [0, 1]
+    compare.assert_close(found["gemm2_output"][:2], cases.expected(near, given).gemm2_output, "gemm2_output")
+
+
+def far_end(name: str, array: np.ndarray, tokens: int, experts: int) -> np.ndarray:
+    """An array of zeros for so many tokens or experts that ends with the given one."""
+    if name == "hidden_states_scale":
+        return far_end("", array.T, tokens, experts).T
+    shape = (experts if "weights" in name else tokens, *array.shape[1:])
+    result = np.zeros(shape, array.dtype)
+    result[-len(array) :] = array
+    return result
+
+
+def test_no_rows_at_all_is_no_launch_of_empty_grids(emulator: emulated.Emulator) -> None:
+    case = dataclasses.replace(cases.CASES["t0"], do_finalize=False)
+    found = emulated.run(emulator, case, cases.arrays(case))
+    assert all(array.size == 0 for array in found.values())
+
+
+def test_a_buffer_that_is_too_small_is_refused(emulator: emulated.Emulator) -> None:
+    case = cases.CASES["t7"]
+    problem = cases.problem(case, cases.arrays(case))
+    with pytest.raises(emulated.EmulatedError, match="topk_ids must hold 56 bytes"):
+        emulator.forward(problem, [0] * 13, [0] * 13, emulated.ALL_STAGES, 0, 3)
