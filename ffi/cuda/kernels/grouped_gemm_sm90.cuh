@@ -78,6 +78,9 @@ DEVICE void load_stage(Shared& shared, const GemmCursor& at, const CUtensorMap* 
 template <class Shared>
 DEVICE void produce(Shared& shared, const CUtensorMap* a_map, const CUtensorMap* a_scale_map, const CUtensorMap* b_map,
                     const GemmShape& shape, const TileSchedule& schedule) {
+  prefetch_tensor_map(a_map);
+  prefetch_tensor_map(a_scale_map);
+  prefetch_tensor_map(b_map);
   GemmCursor at;
   const int num_tiles = schedule.num_tiles();
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
@@ -96,6 +99,10 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
                              const CUtensorMap* b_map, const GemmShape& shape, const TileSchedule& schedule,
                              int thread) {
   constexpr int kInFlight = 2, kRowsPerPass = 16, kPasses = kBlockM / kRowsPerPass;
+  if (thread == 0) {
+    prefetch_tensor_map(a_scale_map);
+    prefetch_tensor_map(b_map);
+  }
   GemmCursor at, landed;
   int in_flight = 0;
   const auto announce = [&] {
