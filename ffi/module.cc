@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "moe.h"
+#include "routing.h"
 #include "xla_handlers.h"
 
 #if JAX_MOE_HAS_CUDA
@@ -139,6 +140,65 @@ nb::dict CudaReport() {
 }
 #endif
 
+// ---- routing from logits
+// ---------------------------------------------------------------------------------------------
+constexpr int64_t RoutingProblem::* kRoutingFields[] = {
+#define FIELD(name) &RoutingProblem::name,
+    JAX_MOE_ROUTING_FIELDS(FIELD)
+#undef FIELD
+};
+constexpr Buffer RoutingBuffers::* kRoutingBuffers[] = {
+#define BUFFER(name) &RoutingBuffers::name,
+    JAX_MOE_ROUTING_BUFFERS(BUFFER)
+#undef BUFFER
+};
+
+RoutingProblem MakeRoutingProblem(const std::vector<int64_t>& fields, double routed_scaling_factor) {
+  if (fields.size() != std::size(kRoutingFields))
+    throw nb::value_error(("RoutingProblem: fields must be " + std::to_string(std::size(kRoutingFields)) +
+                           " integers, got " + std::to_string(fields.size()))
+                              .c_str());
+  RoutingProblem problem;
+  for (size_t i = 0; i < fields.size(); ++i) problem.*kRoutingFields[i] = fields[i];
+  problem.routed_scaling_factor = routed_scaling_factor;
+  return problem;
+}
+
+// Runs `route(buffers)` on the arrays at `pointers`, without Python's lock.
+template <class Route>
+void RouteLogits(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes, Route route) {
+  if (pointers.size() != std::size(kRoutingBuffers) || sizes.size() != std::size(kRoutingBuffers))
+    throw nb::value_error("route_logits: pointers and sizes must have 4 entries");
+  RoutingBuffers buffers;
+  for (size_t i = 0; i < pointers.size(); ++i)
+    buffers.*kRoutingBuffers[i] = {reinterpret_cast<void*>(pointers[i]), sizes[i]};
+  Status status;
+  {
+    nb::gil_scoped_release released;
+    status = route(buffers);
+  }
+  RaiseUnlessOk(status);
+}
+
+void RouteLogitsCpu(const RoutingProblem& problem, const std::vector<uintptr_t>& pointers,
+                    const std::vector<int64_t>& sizes) {
+  RouteLogits(pointers, sizes, [&](const RoutingBuffers& buffers) { return cpu::RouteLogits(problem, buffers); });
+}
+
+#if JAX_MOE_HAS_CUDA
+void RouteLogitsCuda(const RoutingProblem& problem, const std::vector<uintptr_t>& pointers,
+                     const std::vector<int64_t>& sizes, int device, uintptr_t stream) {
+  RouteLogits(pointers, sizes, [&](const RoutingBuffers& buffers) {
+    return cuda::RouteLogits(problem, buffers, device, reinterpret_cast<void*>(stream));
+  });
+}
+#else
+void RouteLogitsCuda(const RoutingProblem&, const std::vector<uintptr_t>&, const std::vector<int64_t>&, int,
+                     uintptr_t) {
+  RaiseNotImplemented(kNoCuda);
+}
+#endif
+
 std::pair<int, int> FfiApi() {
   const FfiApiVersion version = CompiledFfiApiVersion();
   return {version.major, version.minor};
@@ -146,8 +206,9 @@ std::pair<int, int> FfiApi() {
 
 nb::dict RegistrationCapsules() {
   nb::dict cpu, cuda;
-  for (const Registration& entry : Registrations())
-    (entry.platform == "cpu" ? cpu : cuda)[entry.target.c_str()] = nb::capsule(entry.handler);
+  for (const std::vector<Registration>& entries : {Registrations(), RouteRegistrations()})
+    for (const Registration& entry : entries)
+      (entry.platform == "cpu" ? cpu : cuda)[entry.target.c_str()] = nb::capsule(entry.handler);
   nb::dict result;
   result["cpu"] = cpu;
   result["CUDA"] = cuda;
@@ -186,6 +247,16 @@ NB_MODULE(_native, m) {
       "problem"_a);
   m.def("forward_cpu", &ForwardCpu, "problem"_a, "pointers"_a, "sizes"_a, "stages"_a);
   m.def("forward_cuda", &ForwardCuda, "problem"_a, "pointers"_a, "sizes"_a, "device"_a, "stream"_a, "stages"_a);
+  nb::class_<RoutingProblem>(m, "RoutingProblem", "A call that routes from logits: the fields of ffi/routing.h.")
+      .def(
+          "__init__",
+          [](RoutingProblem* self, const std::vector<int64_t>& fields, double routed_scaling_factor) {
+            new (self) RoutingProblem(MakeRoutingProblem(fields, routed_scaling_factor));
+          },
+          "fields"_a, "routed_scaling_factor"_a);
+  m.def("routing_abi_text", &RoutingAbiText);
+  m.def("route_logits_cpu", &RouteLogitsCpu, "problem"_a, "pointers"_a, "sizes"_a);
+  m.def("route_logits_cuda", &RouteLogitsCuda, "problem"_a, "pointers"_a, "sizes"_a, "device"_a, "stream"_a);
   m.def("explain", &Explain, "problem"_a, "num_sms"_a);
   m.def("registrations", &RegistrationCapsules);
   m.def("ffi_api_version", &FfiApi);

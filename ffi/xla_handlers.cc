@@ -10,6 +10,7 @@
 
 #include "moe.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_status.h"
 
 namespace ffi = xla::ffi;
 
@@ -87,20 +88,6 @@ ffi::Error Invalid(const Words&... words) {
   text << kFunction;
   (text << ... << words);
   return ffi::Error::InvalidArgument(text.str());
-}
-
-ffi::Error ToError(const Status& status) {
-  switch (status.code) {
-    case StatusCode::kOk:
-      return ffi::Error::Success();
-    case StatusCode::kInvalidArgument:
-      return ffi::Error::InvalidArgument(kFunction + status.message);
-    case StatusCode::kUnsupported:
-      return ffi::Error(ffi::ErrorCode::kUnimplemented, kFunction + status.message);
-    case StatusCode::kInternal:
-      break;
-  }
-  return ffi::Error::Internal(kFunction + status.message);
 }
 
 // Whether an array of these dimensions says that the call has no such array.
@@ -194,7 +181,7 @@ ffi::Error Handle(ffi::RemainingArgs operands, ffi::RemainingRets results, const
   if (ffi::Error error = PlaceAll(operands, results, block_major_k, buffers); error.failure()) return error;
   const Problem problem = Describe(operands, attributes);
   if (problem.num_tokens == 0) return ffi::Error::Success();
-  return ToError(forward(problem, buffers));
+  return ToError(kFunction, forward(problem, buffers));
 } catch (const std::exception& e) {
   return ffi::Error::Internal(kFunction + std::string(e.what()));
 }
@@ -227,6 +214,7 @@ XLA_FFI_DEFINE_HANDLER(kCudaHandler, HandleCuda,
 // Says to callers on a GPU what they lack; without a handler XLA would say only that it does not know the target.
 ffi::Error HandleCuda(ffi::Dictionary, ffi::RemainingArgs, ffi::RemainingRets) {
   return ToError(
+      kFunction,
       Status::Unsupported("this build has no CUDA kernels; reinstall where nvcc works with JAX_MOE_CUDA=ON, or run on "
                           "a CPU device"));
 }

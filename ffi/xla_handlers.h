@@ -1,5 +1,5 @@
-// What the extension module hands to XLA: one target name, a handler for each platform. No XLA types, so that module.cc
-// need not see XLA.
+// What the extension module hands to XLA: for each target name a handler for each platform. No XLA types, so that
+// module.cc need not see XLA.
 #pragma once
 #include <string>
 #include <vector>
@@ -11,7 +11,8 @@ struct Registration {
   std::string target;
   void* handler;  // XLA_FFI_Handler*
 };
-std::vector<Registration> Registrations();
+std::vector<Registration> Registrations();       // the mixture of experts: ffi/xla_handlers.cc
+std::vector<Registration> RouteRegistrations();  // routing from logits: ffi/xla_route_handler.cc
 
 // The XLA FFI API that the handlers were compiled against.
 struct FfiApiVersion {

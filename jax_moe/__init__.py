@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
     from .layout import shuffle_matrix_a
     from .layout import to_block_major_k as convert_to_block_layout
+    from .logits import fp8_block_scale_moe, route
     from .moe import export_checks, fp8_block_scale_routed_moe
     from .quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
     from .routing import pack_topk_ids, unpack_topk_ids
@@ -28,10 +29,12 @@ __all__ = [
     "dequantize_activations",
     "dequantize_weights",
     "export_checks",
+    "fp8_block_scale_moe",
     "fp8_block_scale_routed_moe",
     "pack_topk_ids",
     "quantize_activations",
     "quantize_weights",
+    "route",
     "shuffle_matrix_a",
     "unpack_topk_ids",
 ]
@@ -40,6 +43,7 @@ __all__ = [
 _HOMES = {
     "enums": ("ActivationType", "Fp8QuantizationType", "RoutingMethodType", "WeightLayout"),
     "layout": ("convert_to_block_layout", "shuffle_matrix_a"),
+    "logits": ("fp8_block_scale_moe", "route"),
     "moe": ("export_checks", "fp8_block_scale_routed_moe"),
     "quantize": ("dequantize_activations", "dequantize_weights", "quantize_activations", "quantize_weights"),
     "routing": ("pack_topk_ids", "unpack_topk_ids"),

@@ -17,8 +17,11 @@ from types import ModuleType
 from typing import Any
 
 from . import problem as contract
+from . import routing_problem
 
 TARGET = "jax_moe.fp8_block_scale_routed_moe.v1"  # of the XLA custom call, on every platform
+ROUTE_LOGITS_TARGET = "jax_moe.route_logits.v1"
+TARGETS = (TARGET, ROUTE_LOGITS_TARGET)
 
 ROUTE, PERMUTE, GEMM1, GEMM2, FINALIZE = 1, 2, 4, 8, 16  # stages of a call; ffi/moe.h: Stage
 ALL_STAGES = ROUTE | PERMUTE | GEMM1 | GEMM2 | FINALIZE
@@ -31,12 +34,13 @@ def load() -> ModuleType:
     """The compiled module. Raises ImportError when it is missing or was built from other sources than these."""
     extension = _import_extension()
     check_abi(extension.abi_text())
+    check_abi(extension.routing_abi_text(), routing_problem.abi_text())
     return extension
 
 
-def check_abi(compiled: str) -> None:
-    """Raises ImportError unless `compiled`, the contract a library was built with, is that of problem.py."""
-    expected = contract.abi_text()
+def check_abi(compiled: str, expected: str | None = None) -> None:
+    """Raises ImportError unless `compiled`, the contract a library was built with, is `expected`: problem.py's."""
+    expected = contract.abi_text() if expected is None else expected
     if compiled == expected:
         return
     lines = zip(compiled.splitlines(), expected.splitlines(), strict=False)
@@ -131,6 +135,30 @@ def forward(
         load().forward_cpu(handle(problem), pointers, sizes, stages)
     else:
         load().forward_cuda(handle(problem), pointers, sizes, device, stream, stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def routing_handle(problem: routing_problem.RoutingProblem) -> Any:
+    """The C++ RoutingProblem of `problem`."""
+    return load().RoutingProblem(problem.fields(), problem.routed_scaling_factor)
+
+
+def route_logits(
+    problem: routing_problem.RoutingProblem,
+    pointers: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    device: int | None = None,
+    stream: int = 0,
+) -> None:
+    """Routes from logits on the arrays at `pointers`, of `sizes` bytes: routing_problem.BUFFERS, 0 and 0 where absent.
+
+    device, stream and errors are those of `forward`.
+    """
+    if device is None:
+        load().route_logits_cpu(routing_handle(problem), pointers, sizes)
+    else:
+        load().route_logits_cuda(routing_handle(problem), pointers, sizes, device, stream)
 
 
 def explain(problem: contract.Problem, num_sms: int = 132) -> str:

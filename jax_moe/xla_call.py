@@ -120,23 +120,24 @@ def _custom_call(call: Call, operands: Operands) -> tuple[jax.Array, ...]:
         hidden_states_scale_token_major=int(call.scale_is_token_major),
     )
     # Under shard_map results differ between the devices that operands differ between, which JAX cannot know.
-    axes = sorted(set().union(*map(_varying_axes, operands.values())))
-    by_name = {name: _vary(x, axes) for name, x in zip(OUTPUTS, results, strict=True)}
+    axes = sorted(set().union(*map(varying_axes, operands.values())))
+    by_name = {name: vary(x, axes) for name, x in zip(OUTPUTS, results, strict=True)}
     if "topk_weights" in operands:
         by_name["expert_weights"] = operands["topk_weights"]
     scale = ("gemm1_activation_scale",) if problem.has_gemm1_lora_delta else ()
     return tuple(by_name[name] for name in (*problem.returned(), *scale))
 
 
-def _varying_axes(x: jax.Array) -> frozenset[Any]:
+def varying_axes(x: jax.Array) -> frozenset[Any]:
     """Mesh axes of an enclosing shard_map over which `x` is known to differ."""
     kind = jax.typeof(x)
     manual = getattr(kind, "mat", None)  # jax before 0.10 has .vma
     return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
 
 
-def _vary(x: jax.Array, axes: list[Any]) -> jax.Array:
-    missing = tuple(axis for axis in axes if axis not in _varying_axes(x))
+def vary(x: jax.Array, axes: list[Any]) -> jax.Array:
+    """`x`, known to differ over `axes` too."""
+    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +45,11 @@ def gpu() -> int:
 
     gpus = native.load().cuda_report()["gpus"]
     return next(i for i, gpu in enumerate(gpus) if (gpu["major"], gpu["minor"]) == (9, 0))
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA sources compiled for a CPU: an emulated.Emulator."""
+    import emulated
+
+    return emulated.Emulator(emulated.build(tmp_path_factory.mktemp("emulation")))

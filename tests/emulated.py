@@ -37,7 +37,7 @@ def missing_compiler() -> str | None:
 
 def build(folder: Path) -> Path:
     """The shared library with the project's CUDA sources, the emulated machine and its own test kernels."""
-    sources = [*EMULATION.glob("*.cc"), FFI / "check.cc", FFI / "workspace.cc"]
+    sources = [*EMULATION.glob("*.cc"), *FFI.glob("check*.cc"), FFI / "workspace.cc"]
     sources += [*(FFI / "cuda").glob("*.cc"), *(FFI / "cuda").glob("*.cu"), *(FFI / "cuda/kernels").glob("*.cu")]
     include = ["-I", str(EMULATION / "include"), "-I", str(FFI)]
 

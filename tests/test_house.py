@@ -25,7 +25,9 @@ def name_of(path: Path) -> str:
 
 
 # ---- C++ arrows ------------------------------------------------------------------------------------------------------
-SHARED = {"moe.h", "workspace.h"}  # what both backends stand on
+SHARED = {"moe.h", "routing.h", "workspace.h"}  # what both backends stand on
+
+SEES_XLA = ("xla_handlers.cc", "xla_route_handler.cc", "xla_status.h")
 
 
 def includes(text: str) -> list[tuple[str, bool]]:
@@ -48,7 +50,7 @@ def wrong_include(file: str, header: str, quoted: bool) -> str | None:
     if header.startswith(("torch/", "ATen/", "c10/")):
         return "nothing includes torch"
     if header.startswith("xla/"):
-        return None if file == "xla_handlers.cc" else "only xla_handlers.cc sees XLA"
+        return None if file in SEES_XLA else f"only {SEES_XLA} see XLA"
     if header.startswith(("nanobind/", "Python.h")):
         return None if file == "module.cc" else "only module.cc sees Python"
     if header.startswith(("cuda", "cub/", "thrust/", "cute/", "cutlass/")) and not quoted:
@@ -58,10 +60,24 @@ def wrong_include(file: str, header: str, quoted: bool) -> str | None:
     target = resolve(file, header)
     if file == "moe.h":
         return "moe.h includes standard headers only"
-    if file in ("workspace.h", "workspace.cc", "check.cc", "xla_handlers.h", "xla_handlers.cc"):
-        return None if target in SHARED | {"xla_handlers.h"} else "it stands on moe.h and workspace.h only"
+    if file in (
+        "routing.h",
+        "workspace.h",
+        "workspace.cc",
+        "check.cc",
+        "check_routing.cc",
+        "xla_handlers.h",
+        *SEES_XLA,
+    ):
+        return (
+            None if target in SHARED | {"xla_handlers.h", "xla_status.h"} else "it stands on moe.h and workspace.h only"
+        )
     if file == "module.cc":
-        return None if target in {"moe.h", "xla_handlers.h", "cuda/device.h"} else "it stands on the contract only"
+        return (
+            None
+            if target in {"moe.h", "routing.h", "xla_handlers.h", "cuda/device.h"}
+            else "it stands on the contract only"
+        )
     if target in SHARED or target == "emulated_ptx.h":
         return None
     if file.startswith("cpu/"):
@@ -104,22 +120,33 @@ def test_a_wrong_include_is_seen(file: str, line: str) -> None:
 
 # ---- Python arrows ---------------------------------------------------------------------------------------------------
 # What of the two packages each module may import. `jax_moe` itself names its modules lazily and is left out.
-CORE = {"jax_moe", "jax_moe.enums", "jax_moe.options", "jax_moe.problem", "jax_moe.native"}
+CORE = {
+    "jax_moe",
+    "jax_moe.enums",
+    "jax_moe.options",
+    "jax_moe.problem",
+    "jax_moe.routing_problem",
+    "jax_moe.native",
+}
 ARROWS = {
     "jax_moe.enums": set(),
     "jax_moe.options": {"jax_moe.enums"},
     "jax_moe.problem": {"jax_moe.enums", "jax_moe.options"},
-    "jax_moe.native": {"jax_moe.enums", "jax_moe.problem"},
+    "jax_moe.routing_problem": {"jax_moe.enums", "jax_moe.options", "jax_moe.problem"},
+    "jax_moe.native": {"jax_moe.enums", "jax_moe.problem", "jax_moe.routing_problem"},
     "jax_moe.shapes": set(),
     "jax_moe.layout": set(),
     "jax_moe.routing": CORE,
+    "jax_moe.reference_routing": {"jax_moe.enums"},
+    "jax_moe.logits": CORE | {"jax_moe.moe", "jax_moe.xla_call"},
     "jax_moe.quantize": CORE,
     "jax_moe.reference": CORE | {"jax_moe.layout", "jax_moe.shapes"},
     "jax_moe.xla_call": CORE,
     "jax_moe.moe": CORE | {"jax_moe.xla_call"},
 }
-JAX_FREE = CORE | {"jax_moe.layout", "jax_moe.shapes", "jax_moe.reference"}
-LIBRARY = ARROWS.keys() - {"jax_moe.reference"}
+REFERENCES = {"jax_moe.reference", "jax_moe.reference_routing"}
+JAX_FREE = CORE | REFERENCES | {"jax_moe.layout", "jax_moe.shapes"}
+LIBRARY = ARROWS.keys() - REFERENCES
 
 
 def imports(source: str, module: str, is_package: bool) -> set[str]:
@@ -156,7 +183,7 @@ def wrong_import(module: str, imported: str) -> str | None:
         return "jax_moe does not know the facade"
     if top != "jax_moe" or module == "jax_moe":
         return None
-    if imported == "jax_moe.reference" and (in_facade or module in LIBRARY):
+    if imported in REFERENCES and (in_facade or module in LIBRARY):
         return "the reference is for tests and benchmarks"
     if in_facade:
         return None if imported in CORE | {"jax_moe.layout"} else "the facade stands on problem and native only"

@@ -5,6 +5,7 @@ Importing this package imports torch, never jax.
 
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
 
+from .logits import trtllm_fp8_block_scale_moe
 from .moe import trtllm_fp8_block_scale_routed_moe
 from .weights import convert_to_block_layout, reorder_rows_for_gated_act_gemm, shuffle_matrix_a
 
@@ -16,5 +17,6 @@ __all__ = [
     "convert_to_block_layout",
     "reorder_rows_for_gated_act_gemm",
     "shuffle_matrix_a",
+    "trtllm_fp8_block_scale_moe",
     "trtllm_fp8_block_scale_routed_moe",
 ]

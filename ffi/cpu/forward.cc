@@ -1,30 +1,11 @@
 // A call on the CPU: checks, then the stages in order. Keeps no state, lets no exception out, and gives the same bits
 // for every number of threads and in every floating-point environment.
-#include <cfenv>
 #include <exception>
 
+#include "float_environment.h"
 #include "stages.h"
 
 namespace jax_moe::cpu {
-namespace {
-
-// Round to nearest with subnormals, whatever the caller's thread has set (XLA flushes subnormals to zero). Threads
-// started in its scope inherit it.
-class DefaultFloatEnvironment {
- public:
-  DefaultFloatEnvironment() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
-  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
-  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
-
-}  // namespace
 
 Status Forward(const Problem& problem, const Buffers& buffers, int stages) {
   if (Status s = CheckBuffers(problem, buffers); !s.ok()) return s;

@@ -1,0 +1,25 @@
+// From the contract's Status to XLA's errors. For the files that see XLA.
+#pragma once
+#include <string>
+
+#include "moe.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_moe {
+
+// `function` begins the message: "name: ".
+inline xla::ffi::Error ToError(const std::string& function, const Status& status) {
+  switch (status.code) {
+    case StatusCode::kOk:
+      return xla::ffi::Error::Success();
+    case StatusCode::kInvalidArgument:
+      return xla::ffi::Error::InvalidArgument(function + status.message);
+    case StatusCode::kUnsupported:
+      return xla::ffi::Error(xla::ffi::ErrorCode::kUnimplemented, function + status.message);
+    case StatusCode::kInternal:
+      break;
+  }
+  return xla::ffi::Error::Internal(function + status.message);
+}
+
+}  // namespace jax_moe
