@@ -124,7 +124,9 @@ def test_results_are_the_references(emulator: emulated.Emulator, case: cases.Cas
     check(case, given, emulated.run(emulator, case, given, seed=len(case.name)))
 
 
-@pytest.mark.parametrize("name", ["t53", "t129", "k22", "h640_i896", "routing_zipf_window", "lora_unfinalized", "relu2_t257"])
+@pytest.mark.parametrize(
+    "name", ["t53", "t129", "k22", "h640_i896", "routing_zipf_window", "lora_unfinalized", "relu2_t257"]
+)
 def test_no_order_of_events_changes_a_bit(emulator: emulated.Emulator, name: str) -> None:
     case = cases.CASES[name]
     given = cases.arrays(case)
