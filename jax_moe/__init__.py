@@ -12,8 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
-    from .layout import shuffle_matrix_a
-    from .layout import to_block_major_k as convert_to_block_layout
+    from .layout import convert_to_block_layout, shuffle_matrix_a
     from .logits import fp8_block_scale_moe, route
     from .moe import export_checks, fp8_block_scale_routed_moe
     from .quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
@@ -48,13 +47,12 @@ _HOMES = {
     "quantize": ("dequantize_activations", "dequantize_weights", "quantize_activations", "quantize_weights"),
     "routing": ("pack_topk_ids", "unpack_topk_ids"),
 }
-_OWN_NAMES = {"convert_to_block_layout": "to_block_major_k"}  # where they differ from the public ones
 
 
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
-            value = getattr(importlib.import_module(f".{module}", __name__), _OWN_NAMES.get(name, name))
+            value = getattr(importlib.import_module(f".{module}", __name__), name)
             globals()[name] = value
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,21 +42,23 @@ def unshuffle_matrix_a(x: AnyArray, epilogue_tile_m: int) -> AnyArray:
     return _with_rows_swapped(x, rows_a_lane, lanes)
 
 
-def to_block_major_k(x: AnyArray, block_k: int = 128) -> AnyArray:
+def convert_to_block_layout(x: AnyArray, block_k: int = 128) -> AnyArray:
     """[..., M, K] -> contiguous [..., K / block_k, M, block_k]: y[kb, m, kk] = x[m, block_k * kb + kk].
 
     Raises ValueError unless K is a multiple of block_k.
     """
-    *outer, rows, columns = _shape("to_block_major_k", x, 2)
-    if block_k < 1:
-        raise ValueError(f"to_block_major_k: block_k must be positive, got {block_k}")
+    *outer, rows, columns = _shape("convert_to_block_layout", x, 2)
+    if not isinstance(block_k, int) or block_k < 1:
+        raise ValueError(f"convert_to_block_layout: block_k must be a positive integer, got {block_k}")
     if columns % block_k:
-        raise ValueError(f"to_block_major_k: x must be of columns that are a multiple of {block_k}, got {columns}")
+        raise ValueError(
+            f"convert_to_block_layout: x must be of columns that are a multiple of {block_k}, got {columns}"
+        )
     return _swapped(x, (*outer, rows, columns // block_k, block_k), (*outer, columns // block_k, rows, block_k))
 
 
 def from_block_major_k(x: AnyArray) -> AnyArray:
-    """[..., K / block_k, M, block_k] -> contiguous [..., M, K]: the inverse of `to_block_major_k`."""
+    """[..., K / block_k, M, block_k] -> contiguous [..., M, K]: the inverse of `convert_to_block_layout`."""
     *outer, blocks, rows, block_k = _shape("from_block_major_k", x, 3)
     return _swapped(x, (*outer, blocks, rows, block_k), (*outer, rows, blocks * block_k))
 
@@ -83,6 +85,8 @@ def _group(function: str, x: Any, epilogue_tile_m: int) -> tuple[int, int]:
 
 
 def _shape(function: str, x: Any, rank: int) -> tuple[int, ...]:
+    if not hasattr(x, "shape"):
+        raise ValueError(f"{function}: x must be an array, got {type(x).__name__}")
     if len(x.shape) < rank:
         raise ValueError(f"{function}: x must be of at least {rank} dimensions, got {tuple(x.shape)}")
     return tuple(x.shape)

@@ -154,11 +154,10 @@ class Problem:
         local = self.local_num_experts
         if local < 1:
             raise invalid(function, "gemm1_weights", "of at least one local expert", local)
-        if offset is None:
-            if local > self.num_experts:
-                expected = f"of at most num_experts ({self.num_experts}) local experts"
-                raise invalid(function, "gemm1_weights", expected, local)
-        elif not is_int(offset) or not 0 <= offset <= self.num_experts - local:
+        if local > self.num_experts:
+            expected = f"of at most num_experts ({self.num_experts}) local experts"
+            raise invalid(function, "gemm1_weights", expected, local)
+        if offset is not None and not (is_int(offset) and 0 <= offset <= self.num_experts - local):
             last = self.num_experts - local
             expected = f"an integer in [0, num_experts - local_num_experts] = [0, {last}]"
             raise invalid(function, "local_expert_offset", expected, offset)
@@ -191,6 +190,8 @@ class Problem:
         """The next step where a shape is a likely slip."""
         if name == "hidden_states_scale" and tuple(given.shape) == tuple(reversed(expected.shape)):
             return "; transpose it, or say hidden_states_scale_order='token_major' in JAX"
+        if name == "gemm1_weights":
+            return f"; hidden_states has hidden_size {self.hidden_size}"
         return self._rows_in_words() if name == "gemm2_weights" and given.dtype == expected.dtype else ""
 
     def _rows_in_words(self) -> str:
@@ -290,16 +291,17 @@ def _weight_rows(function: str, arrays: Mapping[str, Array | None], options: Opt
     """Local experts and rows of gemm1_weights."""
     rows = "2 * intermediate_size" if options.is_gated else "intermediate_size"
     if options.weight_layout is WeightLayout.BlockMajorK:
-        words = f"[experts, hidden_size / {SCALE_BLOCK}, {rows}, {SCALE_BLOCK}]"
+        words = f"[experts, hidden_size / {SCALE_BLOCK}, {rows}, {SCALE_BLOCK}] with BlockMajorK"
         gemm1 = _array(function, arrays, "gemm1_weights", 4, (FLOAT8,), words)
         return gemm1.shape[0], gemm1.shape[2]
-    gemm1 = _array(function, arrays, "gemm1_weights", 3, (FLOAT8,), f"[experts, {rows}, hidden_size]")
+    gemm1 = _array(function, arrays, "gemm1_weights", 3, (FLOAT8,), f"[experts, {rows}, hidden_size] with MajorK")
     return gemm1.shape[0], gemm1.shape[1]
 
 
 def _multiple(size: str, value: int) -> str:
     padded = max(1, -(-value // SCALE_BLOCK)) * SCALE_BLOCK
-    return f"of a {size} that is a multiple of {SCALE_BLOCK}; pad {size} {value} to {padded}"
+    article = "an" if size.startswith("i") else "a"
+    return f"of {article} {size} that is a multiple of {SCALE_BLOCK}; pad {size} {value} to {padded}"
 
 
 def _array(

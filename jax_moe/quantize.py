@@ -30,7 +30,7 @@ def quantize_activations(x: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """
     x = _floats("quantize_activations", "x", x)
     if x.ndim != 2 or x.shape[1] % SCALE_BLOCK:
-        raise _shape_error("quantize_activations", "x [num_tokens, hidden_size]", x, "hidden_size")
+        raise _shape_error("quantize_activations", "x", "[num_tokens, hidden_size]", "hidden_size", x)
     blocks = x.reshape(x.shape[0], x.shape[1] // SCALE_BLOCK, SCALE_BLOCK)
     codes, scale = _quantize_blocks(blocks, (2,))
     return codes.reshape(x.shape), scale[:, :, 0].T
@@ -46,7 +46,7 @@ def quantize_weights(w: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """
     w = _floats("quantize_weights", "w", w)
     if w.ndim < 2 or w.shape[-2] % SCALE_BLOCK or w.shape[-1] % SCALE_BLOCK:
-        raise _shape_error("quantize_weights", "w [..., rows, columns]", w, "rows and columns")
+        raise _shape_error("quantize_weights", "w", "[..., rows, columns]", "rows and columns", w)
     *lead, rows, columns = w.shape
     blocks = w.reshape(*lead, rows // SCALE_BLOCK, SCALE_BLOCK, columns // SCALE_BLOCK, SCALE_BLOCK)
     codes, scale = _quantize_blocks(blocks, (-3, -1))
@@ -110,7 +110,7 @@ def _floats(function: str, argument: str, value: ArrayLike) -> jax.Array:
     dtype = getattr(value, "dtype", None)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(
-            f"{function}: {argument} must be a float32, bfloat16 or float16 array, got {dtype or type(value)}"
+            f"{function}: {argument} must be a float32, bfloat16 or float16 array, got {dtype or type(value).__name__}"
         )
     return jnp.asarray(value)
 
@@ -119,12 +119,14 @@ def _codes(function: str, codes: ArrayLike, scale: ArrayLike) -> tuple[jax.Array
     for argument, value, expected in (("codes", codes, jnp.float8_e4m3fn), ("scale", scale, jnp.float32)):
         dtype = getattr(value, "dtype", None)
         if dtype != expected:
-            raise ValueError(f"{function}: {argument} must be {jnp.dtype(expected).name}, got {dtype or type(value)}")
+            raise ValueError(
+                f"{function}: {argument} must be {jnp.dtype(expected).name}, got {dtype or type(value).__name__}"
+            )
     return jnp.asarray(codes), jnp.asarray(scale)
 
 
-def _shape_error(function: str, argument: str, value: jax.Array, sizes: str) -> ValueError:
+def _shape_error(function: str, argument: str, shape: str, sizes: str, value: jax.Array) -> ValueError:
     return ValueError(
-        f"{function}: {argument} must have {sizes} a multiple of {SCALE_BLOCK}, got {list(value.shape)}; "
-        f"pad with zeros to the next multiple of {SCALE_BLOCK}"
+        f"{function}: {argument} must be {shape} with {sizes} a multiple of {SCALE_BLOCK} (pad with zeros), "
+        f"got {list(value.shape)}"
     )

@@ -69,7 +69,7 @@ def in_layout(w: NDArray, case: Case) -> NDArray:
     """[L, rows, K] in the layout of the case."""
     if case.shuffled:
         w = layout.shuffle_matrix_a(w, reference.EPILOGUE_TILE_M)
-    return layout.to_block_major_k(w) if case.weight_layout is WeightLayout.BlockMajorK else w
+    return layout.convert_to_block_layout(w) if case.weight_layout is WeightLayout.BlockMajorK else w
 
 
 def per_expert(case: Case, rng: np.random.Generator) -> dict[str, NDArray]:

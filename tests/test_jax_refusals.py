@@ -14,13 +14,13 @@ import pytest
 from jax_calls import SMALL, SMALL_BF16, call
 
 from jax_moe import enums
-from jax_moe.layout import to_block_major_k
+from jax_moe.layout import convert_to_block_layout
 from jax_moe.problem import PER_EXPERT
 
 FUNCTION = "fp8_block_scale_routed_moe"
 GIVEN = cases.arrays(SMALL)
 BF16 = cases.arrays(SMALL_BF16)
-BLOCKED = {name: to_block_major_k(GIVEN[name]) for name in ("gemm1_weights", "gemm2_weights")}
+BLOCKED = {name: convert_to_block_layout(GIVEN[name]) for name in ("gemm1_weights", "gemm2_weights")}
 T, E = SMALL.tokens, SMALL.experts
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
@@ -133,7 +133,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"num_experts": 7},
         ValueError,
-        "local_expert_offset must be an integer in [0, num_experts - local_num_experts] = [0, -1]",
+        "gemm1_weights must be of at most num_experts (7) local experts, got 8",
     ),
     ({"num_experts": 0}, ValueError, "num_experts must be an integer in [1, 32767], got 0"),
     ({"num_experts": 8.0}, ValueError, "num_experts must be an integer in [1, 32767], got 8.0"),
@@ -160,12 +160,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"weight_layout": enums.WeightLayout.BlockMajorK},
         ValueError,
-        "gemm1_weights must be float8_e4m3fn [experts, hidden_size / 128, .*, 128], got float8_e4m3fn[8,256,256]",
+        "gemm1_weights must be .*[experts, hidden_size / 128, .*, 128] with BlockMajorK, got float8_e4m3fn[8,256,256]",
     ),
     (
         {"gemm1_weights": BLOCKED["gemm1_weights"]},
         ValueError,
-        "gemm1_weights must be .*[experts, 2 * intermediate_size, hidden_size], got float8_e4m3fn[8,2,256,128]",
+        "gemm1_weights must be .* intermediate_size, hidden_size] with MajorK, got float8_e4m3fn[8,2,256,128]",
     ),
     (
         BLOCKED | {"weight_layout": 2, "gemm2_weights": GIVEN["gemm2_weights"]},

@@ -53,7 +53,7 @@ def test_a_matrix_is_shuffled_by_those_rows_and_back(tile, shape):
 @pytest.mark.parametrize("shape", [(5, 256), (3, 7, 128), (2, 2, 1, 384), (0, 4, 128), (2, 0, 256), (3, 4, 0)], ids=str)
 def test_block_major_k_is_blocks_of_columns_and_back(shape):
     x = codes(*shape)
-    blocked = layout.to_block_major_k(x)
+    blocked = layout.convert_to_block_layout(x)
     assert blocked.shape == (*shape[:-2], shape[-1] // 128, shape[-2], 128) and blocked.flags.c_contiguous
     for block in range(shape[-1] // 128):
         part = x[..., 128 * block : 128 * block + 128]
@@ -63,7 +63,7 @@ def test_block_major_k_is_blocks_of_columns_and_back(shape):
 
 
 def test_another_block_size():
-    blocked = layout.to_block_major_k(np.arange(24).reshape(3, 8), 4)
+    blocked = layout.convert_to_block_layout(np.arange(24).reshape(3, 8), 4)
     assert blocked.tolist() == [
         [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]],
         [[4, 5, 6, 7], [12, 13, 14, 15], [20, 21, 22, 23]],
@@ -75,8 +75,8 @@ def test_another_block_size():
 def test_layouts_commute(groups, blocks, tile, block_first):
     """Rows may be shuffled before or after K is blocked."""
     x = np.arange(32 * groups * 128 * blocks).reshape(32 * groups, 128 * blocks)
-    y = layout.shuffle_matrix_a(layout.to_block_major_k(x), tile)
-    assert np.array_equal(y, layout.to_block_major_k(layout.shuffle_matrix_a(x, tile)))
+    y = layout.shuffle_matrix_a(layout.convert_to_block_layout(x), tile)
+    assert np.array_equal(y, layout.convert_to_block_layout(layout.shuffle_matrix_a(x, tile)))
     undone = (
         layout.from_block_major_k(layout.unshuffle_matrix_a(y, tile))
         if block_first
@@ -90,7 +90,7 @@ FUNCTIONS = {
     "shuffle_128": lambda x: layout.shuffle_matrix_a(x, 128),
     "unshuffle_64": lambda x: layout.unshuffle_matrix_a(x, 64),
     "unshuffle_128": lambda x: layout.unshuffle_matrix_a(x, 128),
-    "to_block_major_k": layout.to_block_major_k,
+    "convert_to_block_layout": layout.convert_to_block_layout,
     "from_block_major_k": layout.from_block_major_k,
 }
 
@@ -126,8 +126,13 @@ def test_torch_tensors(name, contiguous):
         (lambda: layout.shuffle_rows(64, 32), "shuffle_matrix_a: epilogue_tile_m must be 64 or 128, got 32"),
         (lambda: layout.shuffle_matrix_a(np.zeros(64), 64), "x must be of at least 2 dimensions, got (64,)"),
         (lambda: layout.unshuffle_matrix_a(np.zeros((8, 2)), 64), "unshuffle_matrix_a: x must be of rows that are a"),
-        (lambda: layout.to_block_major_k(np.zeros((4, 130))), "of columns that are a multiple of 128, got 130"),
-        (lambda: layout.to_block_major_k(np.zeros((4, 128)), 0), "to_block_major_k: block_k must be positive, got 0"),
+        (lambda: layout.convert_to_block_layout(np.zeros((4, 130))), "of columns that are a multiple of 128, got 130"),
+        (
+            lambda: layout.convert_to_block_layout(np.zeros((4, 128)), 0),
+            "convert_to_block_layout: block_k must be a positive integer, got 0",
+        ),
+        (lambda: layout.convert_to_block_layout(np.zeros((4, 128)), 128.0), "a positive integer, got 128.0"),
+        (lambda: layout.shuffle_matrix_a([[1.0]], 64), "shuffle_matrix_a: x must be an array, got list"),
         (lambda: layout.from_block_major_k(np.zeros((4, 128))), "of at least 3 dimensions, got (4, 128)"),
     ],
 )

@@ -103,7 +103,7 @@ def test_refused_options(options, error, words):
         ({"top_k": 0}, {}, "top_k must be in [1, min(num_experts, 32)] = [1, 8], got 0"),
         ({"top_k": 33}, {"num_experts": 40}, "top_k must be in [1, min(num_experts, 32)] = [1, 32], got 33"),
         ({"local": 0}, {}, "gemm1_weights must be of at least one local expert, got 0"),
-        ({}, {"num_experts": 3}, "local_expert_offset must be an integer in [0, num_experts - local_num_experts]"),
+        ({}, {"num_experts": 3}, "gemm1_weights must be of at most num_experts (3) local experts, got 4"),
         ({}, {"num_experts": 3, "local_expert_offset": None}, "gemm1_weights must be of at most num_experts (3) loc"),
         ({}, {"local_expert_offset": -1}, "local_expert_offset must be an integer in [0, num_experts - local_num_exp"),
         ({}, {"local_expert_offset": 5}, "local_num_experts] = [0, 4], got 5"),
@@ -139,9 +139,13 @@ REFUSED_ARRAYS = [
     ("hidden_states_scale", Array((5, 2), "float32"), "float32[2,5], got float32[5,2]; transpose it, or say"),
     ("hidden_states_scale", Array((2, 5), "bfloat16"), "float32[2,5], got bfloat16[2,5]"),
     ("hidden_states_scale", Array((2, 6), "float32"), "float32[2,5], got float32[2,6]"),
-    ("gemm1_weights", None, "float8_e4m3fn [experts, 2 * intermediate_size, hidden_size], got None"),
+    ("gemm1_weights", None, "float8_e4m3fn [experts, 2 * intermediate_size, hidden_size] with MajorK, got None"),
     ("gemm1_weights", Array((4, 256, 256), "uint8"), "float8_e4m3fn [experts, 2 * intermediate_size, hidden_size]"),
-    ("gemm1_weights", Array((4, 2, 128, 256), FLOAT8), "[experts, 2 * intermediate_size, hidden_size], got"),
+    (
+        "gemm1_weights",
+        Array((4, 2, 128, 256), FLOAT8),
+        "[experts, 2 * intermediate_size, hidden_size] with MajorK, got",
+    ),
     ("gemm1_weights", Array((4, 128, 256), FLOAT8), "pad intermediate_size 64 to 128"),
     ("gemm1_weights", Array((4, 300, 256), FLOAT8), "pad intermediate_size 150 to 256"),
     ("gemm1_weights", Array((4, 0, 256), FLOAT8), "pad intermediate_size 0 to 128"),
@@ -250,7 +254,10 @@ def test_random_options_are_taken_or_refused_by_name(options):
         problem = create(options=options, **words)
     except (ValueError, NotImplementedError) as error:
         culprit = str(error).removeprefix(f"{NAME}: ").split()[0]
-        follows = {"num_experts": {"top_k", "local_expert_offset"}, "local_expert_offset": {"gemm1_weights"}}
+        follows = {
+            "num_experts": {"top_k", "local_expert_offset", "gemm1_weights"},
+            "local_expert_offset": {"gemm1_weights"},
+        }
         follows |= {"weight_layout": {"gemm1_weights"}, "activation_type": {"gemm2_weights", "gemm1_weights"}}
         assert culprit in options | words or any(culprit in follows.get(name, ()) for name in options | words), error
     else:

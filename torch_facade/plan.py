@@ -130,11 +130,11 @@ def _check_devices(given: dict[str, Layout | None], output: Layout | None) -> No
             raise ValueError(f"{FUNCTION}: {name} must be on {device} like hidden_states, got {tensor[2]}")
 
 
-def _check_contiguous(name: str, tensor: Layout | None) -> None:
+def _check_contiguous(name: str, tensor: Layout | None, next_step: str = "; call .contiguous()") -> None:
     if tensor is not None and not _is_contiguous(tensor):
         raise ValueError(
-            f"{FUNCTION}: {name} must be contiguous, got shape {_list(tensor[0])} with strides {_list(tensor[3])}; "
-            "call .contiguous()"
+            f"{FUNCTION}: {name} must be contiguous, got shape {_list(tensor[0])} with strides {_list(tensor[3])}"
+            f"{next_step}"
         )
 
 
@@ -143,7 +143,7 @@ def _check_output(output: Layout, problem: Problem) -> None:
     assert expected is not None and given is not None
     if given.dtype != expected.dtype or tuple(given.shape) != tuple(expected.shape):
         raise ValueError(f"{FUNCTION}: output must be {expected}, got {given}")
-    _check_contiguous("output", output)
+    _check_contiguous("output", output, next_step="")  # a contiguous copy would be written in its stead
 
 
 def _is_contiguous(tensor: Layout) -> bool:

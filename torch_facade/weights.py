@@ -37,7 +37,7 @@ def convert_to_block_layout(x: torch.Tensor, block_k: int) -> torch.Tensor:
             f"convert_to_block_layout: x must be of columns that are a multiple of block_k ({block_k}), got {columns}; "
             f"pad to {-(-columns // block_k) * block_k}"
         )
-    return layout.to_block_major_k(x, block_k)
+    return layout.convert_to_block_layout(x, block_k)
 
 
 def reorder_rows_for_gated_act_gemm(x: torch.Tensor) -> torch.Tensor:

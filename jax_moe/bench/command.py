@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    draw = _plotter() if options.plot else None
+    draw = _plotter(options.plot) if options.plot else None
     device = open_device(options.device)
     defaults = DEFAULTS[device.kind, options.quick]
     shapes = [parse_shape(text) for text in (options.shapes or defaults.shapes).split(",")]
@@ -212,11 +212,13 @@ class Bench:
         return {state: _microseconds(measure(program, state, self.repeats)) for state in states}
 
 
-def _plotter() -> Callable[[dict[str, Any], Path], None]:
+def _plotter(file: Path) -> Callable[[dict[str, Any], Path], None]:
+    if file.suffix != ".png":
+        raise CannotRun(f"--plot must be a file named *.png, got {file.name!r}")
     try:
         from .plot import draw
     except ImportError as error:
-        raise CannotRun(f"--plot needs matplotlib ({error}); pip install 'jax-moe[plot]'") from error
+        raise CannotRun(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
     return draw
 
 

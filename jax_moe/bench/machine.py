@@ -45,7 +45,7 @@ def _why_no_torch_gpu() -> str:
     try:
         import torch
     except ImportError:
-        return "benchmarks on a GPU make their data and graphs with torch; pip install 'jax-moe[torch]'"
+        return "benchmarks on a GPU make their data and graphs with torch; pip install torch"
     return "" if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
 
 
@@ -70,6 +70,8 @@ def why_not_through(name: str, kind: str) -> str:
             import jax
 
             jax.devices("cuda")
+    except ModuleNotFoundError as error:
+        return f"{error}; pip install {error.name}" if error.name == name else str(error)
     except (ImportError, RuntimeError) as error:
         return str(error).splitlines()[0]
     return _why_no_torch_gpu() if name == "torch" and kind == "gpu" else ""

@@ -16,7 +16,7 @@ MARKERS = "osD^vPX"
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """`result` is what `bench --json` writes. The format follows the name of `file`."""
+    """`result` is what `bench --json` writes. `file` is a PNG."""
     cells = [cell for cell in result["cells"] if "error" not in cell]
     dense = result["ceilings"]["flops_per_second"]
     unit, prefix = (1e12, "T") if dense >= 1e12 else (1e9, "G")
@@ -51,6 +51,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     share.axhline(100, color="0.2", linewidth=1.6)
     input_type = result["settings"]["input"]
     figure.suptitle(f"jax-moe on {result['device']}, {input_type} hidden states, the faster front end of each cell")
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
 
