@@ -4,6 +4,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <string>
 
 #include "../moe.h"
@@ -26,9 +27,11 @@ struct LaunchShape {
 template <class... Parameters, class... Arguments>
 Status Launch(const char* name, void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
               Arguments&&... arguments) {
-  if (shape.shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+  // NOTE: 48 KiB are there unasked, less what the kernel has statically. The limit is the same for every call that
+  // raises it, else a thread with a smaller call would lower it between another's two lines here.
+  if (shape.shared_bytes > 40 * 1024) {
+    const int limit = std::max(int(shape.shared_bytes), 128 * 1024);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (error != cudaSuccess) return CudaStatus(error, name);
   }
   cudaLaunchConfig_t config{};

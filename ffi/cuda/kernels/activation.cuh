@@ -29,7 +29,7 @@ struct ParametricSwiglu {
 
 struct Geglu {
   static constexpr bool kGated = true;
-  DEVICE float operator()(float gate, float up) const { return up * gate * normcdff(gate); }
+  DEVICE float operator()(float gate, float up) const { return up * (gate * normcdff(gate)); }
 };
 
 struct Relu2 {
