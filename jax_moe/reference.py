@@ -171,7 +171,7 @@ def activate(
         return np.where(g < 0, np.float32(0), g * g)
     up, gate = np.split(g, 2, axis=1)
     if activation_type is ActivationType.Geglu:
-        return up * gate * normal_cdf(gate)
+        return up * (gate * normal_cdf(gate))
     if limit is not None:
         gate = np.where(gate > limit, limit, gate)
         up = np.where(up < -limit, -limit, up)

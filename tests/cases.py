@@ -221,6 +221,7 @@ def _large_cases() -> list[Case]:
         Case("past_2_31_hidden_bf16_unfinalized", 40000, 7168, 256, 16, 8, do_finalize=False, size="large", **bf16),
         Case("past_2_31_inter", 140000, 256, 2048, 16, 8, size="large"),
         Case("many_tokens_one_local", 200000, 256, 256, 64, 8, (17, 1), size="large"),
+        Case("more_experts_than_48_kib", 64, 128, 128, 12200, 8, size="large"),  # of counters in shared memory
         Case("many_experts", 4096, 256, 256, 4000, 32, routing="mixed", size="large"),
         _layer("dsv3_ep8", 256, name="dsv3_ep8_blocked_shuffled", **OPTIONS["blocked_shuffled"]),
         _layer("dsv3_ep8", 16, name="dsv3_ep8_lora_apart", lora=True, do_finalize=False, topk_weights="float32"),

@@ -18,6 +18,7 @@ from jax_moe.options import invalid
 from jax_moe.problem import Array
 from jax_moe.routing_problem import RoutingProblem
 
+from .launch import launch
 from .moe import trtllm_fp8_block_scale_routed_moe
 from .ops import LIBRARY, TAGS
 from .plan import Layout, layout
@@ -205,12 +206,7 @@ def _kernel(
     tensors = (logits, bias if problem.reads_bias else None, ids, weights)
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     sizes = [0 if tensor is None else tensor.nbytes for tensor in tensors]
-    if logits.is_cuda:
-        index = logits.get_device()
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        native.route_logits(problem, pointers, sizes, device=index, stream=stream)
-    else:
-        native.route_logits(problem, pointers, sizes)
+    launch(native.route_logits, logits, problem, pointers, sizes)
     return ids, weights
 
 

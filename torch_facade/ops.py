@@ -13,6 +13,7 @@ import torch
 
 from jax_moe import native
 
+from .launch import launch
 from .plan import HIDDEN_STATES, OPTIONAL, checked_problem, layout, plan, results_of
 
 # The tensors of plan.TENSORS and the integers of plan.OPTIONS, by position; tensors of plan.OPTIONAL by name; output.
@@ -40,12 +41,7 @@ def _kernel(
     allocated = [x.new_empty(shape, dtype=dtype) for shape, dtype in call.allocated]
     tensors += allocated if output is None else [output, *allocated]
     pointers = call.in_order([0, *[0 if tensor is None else tensor.data_ptr() for tensor in tensors]])
-    if x.is_cuda:
-        index = x.get_device()
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        native.forward(call.problem, pointers, call.sizes, device=index, stream=stream)
-    else:
-        native.forward(call.problem, pointers, call.sizes)
+    launch(native.forward, x, call.problem, pointers, call.sizes)
     return allocated[: call.num_results]
 
 

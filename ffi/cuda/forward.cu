@@ -182,8 +182,10 @@ Status CheckStage(const char* stage, cudaStream_t stream) {
   static const bool wanted = Flag("JAX_MOE_CHECK");
   if (!wanted) return {};
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  cudaStreamIsCapturing(stream, &capture);
-  if (capture != cudaStreamCaptureStatusNone) return {};
+  if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess || capture != cudaStreamCaptureStatusNone) {
+    cudaGetLastError();  // the legacy stream while another one captures: not to be waited for either
+    return {};
+  }
   return CudaStatus(cudaStreamSynchronize(stream), stage);
 }
 
