@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -36,6 +39,13 @@ def other_tokens(case: Case) -> cases.Arrays:
 
 def stream_of(stream: Any) -> int:
     return stream.cuda_stream
+
+
+@pytest.mark.parametrize("name", ["t7", "bf16_t53"])
+def test_the_first_call_of_a_process_may_be_a_captured_one(name: str) -> None:
+    program = [sys.executable, str(Path(__file__).with_name("first_call_captured.py")), name]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @some_cases
