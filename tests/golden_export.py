@@ -33,5 +33,6 @@ def export(case: cases.Case, platforms: tuple[str, ...] = ("cpu", "cuda")) -> ja
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")  # no folders of this machine in the file
     PATH.parent.mkdir(exist_ok=True)
     PATH.write_bytes(export(CASE).serialize())
