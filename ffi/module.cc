@@ -51,35 +51,45 @@ void RaiseUnlessOk(const Status& status) {
   }
 }
 
-Problem MakeProblem(const std::vector<int64_t>& fields) {
-  if (fields.size() != std::size(kFields))
-    throw nb::value_error(("Problem: fields must be " + std::to_string(std::size(kFields)) + " integers, got " +
+// A struct from the values of its members, in order. `name` begins the message when there are not as many.
+template <class Struct, size_t kCount>
+Struct FromFields(const char* name, int64_t Struct::* const (&members)[kCount], const std::vector<int64_t>& fields) {
+  if (fields.size() != kCount)
+    throw nb::value_error((std::string(name) + ": fields must be " + std::to_string(kCount) + " integers, got " +
                            std::to_string(fields.size()))
                               .c_str());
-  Problem problem;
-  for (size_t i = 0; i < fields.size(); ++i) problem.*kFields[i] = fields[i];
-  return problem;
+  Struct result;
+  for (size_t i = 0; i < kCount; ++i) result.*members[i] = fields[i];
+  return result;
 }
 
-Buffers MakeBuffers(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes) {
-  if (pointers.size() != std::size(kBuffers) || sizes.size() != std::size(kBuffers))
-    throw nb::value_error(("forward: pointers and sizes must have " + std::to_string(std::size(kBuffers)) +
+template <class Struct, size_t kCount>
+Struct FromPointers(const char* function, Buffer Struct::* const (&members)[kCount],
+                    const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes) {
+  if (pointers.size() != kCount || sizes.size() != kCount)
+    throw nb::value_error((std::string(function) + ": pointers and sizes must have " + std::to_string(kCount) +
                            " entries, got " + std::to_string(pointers.size()) + " and " + std::to_string(sizes.size()))
                               .c_str());
-  Buffers buffers;
-  for (size_t i = 0; i < pointers.size(); ++i) buffers.*kBuffers[i] = {reinterpret_cast<void*>(pointers[i]), sizes[i]};
+  Struct buffers;
+  for (size_t i = 0; i < kCount; ++i) buffers.*members[i] = {reinterpret_cast<void*>(pointers[i]), sizes[i]};
   return buffers;
+}
+
+// Runs `work()` without Python's lock and raises what its Status says.
+template <class Work>
+void Run(const Work& work) {
+  Status status;
+  {
+    nb::gil_scoped_release released;
+    status = work();
+  }
+  RaiseUnlessOk(status);
 }
 
 void ForwardCpu(const Problem& problem, const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes,
                 int stages) {
-  const Buffers buffers = MakeBuffers(pointers, sizes);
-  Status status;
-  {
-    nb::gil_scoped_release released;
-    status = cpu::Forward(problem, buffers, stages);
-  }
-  RaiseUnlessOk(status);
+  const Buffers buffers = FromPointers("forward", kBuffers, pointers, sizes);
+  Run([&] { return cpu::Forward(problem, buffers, stages); });
 }
 
 #if JAX_MOE_HAS_CUDA
@@ -87,13 +97,8 @@ constexpr int kCudaRuntime = JAX_MOE_CUDA_RUNTIME;
 
 void ForwardCuda(const Problem& problem, const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes,
                  int device, uintptr_t stream, int stages) {
-  const Buffers buffers = MakeBuffers(pointers, sizes);
-  Status status;
-  {
-    nb::gil_scoped_release released;
-    status = cuda::Forward(problem, buffers, device, reinterpret_cast<void*>(stream), stages);
-  }
-  RaiseUnlessOk(status);
+  const Buffers buffers = FromPointers("forward", kBuffers, pointers, sizes);
+  Run([&] { return cuda::Forward(problem, buffers, device, reinterpret_cast<void*>(stream), stages); });
 }
 
 std::string Explain(const Problem& problem, int num_sms) { return cuda::Explain(problem, num_sms); }
@@ -140,8 +145,7 @@ nb::dict CudaReport() {
 }
 #endif
 
-// ---- routing from logits
-// ---------------------------------------------------------------------------------------------
+// ---- routing from logits ----
 constexpr int64_t RoutingProblem::* kRoutingFields[] = {
 #define FIELD(name) &RoutingProblem::name,
     JAX_MOE_ROUTING_FIELDS(FIELD)
@@ -154,43 +158,22 @@ constexpr Buffer RoutingBuffers::* kRoutingBuffers[] = {
 };
 
 RoutingProblem MakeRoutingProblem(const std::vector<int64_t>& fields, double routed_scaling_factor) {
-  if (fields.size() != std::size(kRoutingFields))
-    throw nb::value_error(("RoutingProblem: fields must be " + std::to_string(std::size(kRoutingFields)) +
-                           " integers, got " + std::to_string(fields.size()))
-                              .c_str());
-  RoutingProblem problem;
-  for (size_t i = 0; i < fields.size(); ++i) problem.*kRoutingFields[i] = fields[i];
+  RoutingProblem problem = FromFields("RoutingProblem", kRoutingFields, fields);
   problem.routed_scaling_factor = routed_scaling_factor;
   return problem;
 }
 
-// Runs `route(buffers)` on the arrays at `pointers`, without Python's lock.
-template <class Route>
-void RouteLogits(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes, Route route) {
-  if (pointers.size() != std::size(kRoutingBuffers) || sizes.size() != std::size(kRoutingBuffers))
-    throw nb::value_error("route_logits: pointers and sizes must have 4 entries");
-  RoutingBuffers buffers;
-  for (size_t i = 0; i < pointers.size(); ++i)
-    buffers.*kRoutingBuffers[i] = {reinterpret_cast<void*>(pointers[i]), sizes[i]};
-  Status status;
-  {
-    nb::gil_scoped_release released;
-    status = route(buffers);
-  }
-  RaiseUnlessOk(status);
-}
-
 void RouteLogitsCpu(const RoutingProblem& problem, const std::vector<uintptr_t>& pointers,
                     const std::vector<int64_t>& sizes) {
-  RouteLogits(pointers, sizes, [&](const RoutingBuffers& buffers) { return cpu::RouteLogits(problem, buffers); });
+  const RoutingBuffers buffers = FromPointers("route_logits", kRoutingBuffers, pointers, sizes);
+  Run([&] { return cpu::RouteLogits(problem, buffers); });
 }
 
 #if JAX_MOE_HAS_CUDA
 void RouteLogitsCuda(const RoutingProblem& problem, const std::vector<uintptr_t>& pointers,
                      const std::vector<int64_t>& sizes, int device, uintptr_t stream) {
-  RouteLogits(pointers, sizes, [&](const RoutingBuffers& buffers) {
-    return cuda::RouteLogits(problem, buffers, device, reinterpret_cast<void*>(stream));
-  });
+  const RoutingBuffers buffers = FromPointers("route_logits", kRoutingBuffers, pointers, sizes);
+  Run([&] { return cuda::RouteLogits(problem, buffers, device, reinterpret_cast<void*>(stream)); });
 }
 #else
 void RouteLogitsCuda(const RoutingProblem&, const std::vector<uintptr_t>&, const std::vector<int64_t>&, int,
@@ -235,7 +218,9 @@ NB_MODULE(_native, m) {
   nb::class_<Problem>(m, "Problem", "One call: integers in the order of jax_moe.problem.Problem's fields.")
       .def(
           "__init__",
-          [](Problem* self, const std::vector<int64_t>& fields) { new (self) Problem(MakeProblem(fields)); },
+          [](Problem* self, const std::vector<int64_t>& fields) {
+            new (self) Problem(FromFields("Problem", kFields, fields));
+          },
           "fields"_a);
   m.def("abi_text", &AbiText);
   m.def(

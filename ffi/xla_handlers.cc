@@ -211,13 +211,7 @@ XLA_FFI_DEFINE_HANDLER(kCudaHandler, HandleCuda,
                            .RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 #else
-// Says to callers on a GPU what they lack; without a handler XLA would say only that it does not know the target.
-ffi::Error HandleCuda(ffi::Dictionary, ffi::RemainingArgs, ffi::RemainingRets) {
-  return ToError(
-      kFunction,
-      Status::Unsupported("this build has no CUDA kernels; reinstall where nvcc works with JAX_MOE_CUDA=ON, or run on "
-                          "a CPU device"));
-}
+ffi::Error HandleCuda(ffi::Dictionary, ffi::RemainingArgs, ffi::RemainingRets) { return NoCudaError(kFunction); }
 
 XLA_FFI_DEFINE_HANDLER(kCudaHandler, HandleCuda, ffi::Ffi::Bind().Attrs().RemainingArgs().RemainingRets());
 #endif

@@ -22,4 +22,11 @@ inline xla::ffi::Error ToError(const std::string& function, const Status& status
   return xla::ffi::Error::Internal(function + status.message);
 }
 
+// What a build without CUDA says to callers on a GPU; without a handler XLA would say only that it does not know the
+// target.
+inline xla::ffi::Error NoCudaError(const std::string& function) {
+  return ToError(function, Status::Unsupported("this build has no CUDA kernels; reinstall where nvcc works with "
+                                               "JAX_MOE_CUDA=ON, or run on a CPU device"));
+}
+
 }  // namespace jax_moe
