@@ -20,9 +20,8 @@ steps=("$@")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python="${PYTHON:-python3}"
-read -ra bench_args <<<"${BENCH_ARGS:-}"
-read -ra test_args <<<"${TEST_ARGS:-}"
-read -ra cases <<<"${SANITIZE_CASES:-}"
+# Words as the shell has them, so that an argument may be quoted.
+eval "bench_args=(${BENCH_ARGS:-}) test_args=(${TEST_ARGS:-}) cases=(${SANITIZE_CASES:-})"
 # JAX would otherwise take most of the GPU's memory at its start, and torch works in the same processes.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
 rows=()

@@ -108,7 +108,7 @@ Status Gemm1(const Call& c) {
   shape.column_step = c.p.gated() ? 128 : 256;
   shape.half_step = c.p.gated() ? int(inter) : 128;
   Status s = EncodeScales(&a_scale_map, w.permuted_x_scale, hidden / kScaleBlock, c.p.expanded_rows(), w.scale_stride,
-                          kBlockM);
+                          kScaleBox);
   if (s.ok())
     s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden, &b_map,
                         &shape);
@@ -134,7 +134,7 @@ Status Gemm2(const Call& c) {
   shape.column_step = 256;
   shape.half_step = 128;
   Status s = EncodeBytes(&a_map, w.h, rows, inter, kBlockM);
-  if (s.ok()) s = EncodeScales(&a_scale_map, w.h_scale, inter / kScaleBlock, rows, w.scale_stride, kBlockM);
+  if (s.ok()) s = EncodeScales(&a_scale_map, w.h_scale, inter / kScaleBlock, rows, w.scale_stride, kScaleBox);
   if (s.ok())
     s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &b_map, &shape);
   if (!s.ok()) return s;

@@ -103,6 +103,8 @@ void check_tensor_map(const CUtensorMap* map) { read_map(map); }
 void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   const TensorMap m = read_map(map);
   if (smem % (m.swizzle_128 ? 1024 : 128)) fail("a bulk copy to shared address %#x, which is misaligned", smem);
+  // Seen on an H100: an illegal instruction.
+  if (int64_t(x) * m.element_bytes % 16) fail("a bulk copy from element %d of a row, which is misaligned", x);
   const uint32_t bytes = m.box_width * m.element_bytes * m.box_height;
   shared_views(smem, bytes, "bulk copy");
   check_write(smem, bytes);

@@ -1,7 +1,7 @@
 // Persistent warp-specialised grouped FP8 GEMM: D[row] = A[row] B[expert]^T with scales 1x128 on A and 128x128 on B,
 // partial sums promoted to float32 registers every 128 of K. Tile 128 rows x 256 weight rows, two math warpgroups of 64
 // rows, one producer warpgroup. GEMM1 gathers token rows by cp.async and has up and gate rows side by side.
-//   shared memory, 4 stages:  [ A 128 x 128 B | B two times 128 x 128 B ] swizzled 128 B,  A scales 128 x f32
+//   shared memory, 4 stages:  [ A 128 x 128 B | B two times 128 x 128 B ] swizzled 128 B,  A scales of 132 rows
 #pragma once
 #include "epilogue.cuh"
 #include "pipeline.cuh"
@@ -15,6 +15,9 @@ inline constexpr int kHalfN = 128;   // weight rows of one B box, one scale bloc
 inline constexpr int kNumStages = 4;
 inline constexpr int kMathWarpgroups = 2;
 inline constexpr int kGemmThreads = (kMathWarpgroups + 1) * 128;
+// NOTE: a TMA box must begin at a multiple of 16 bytes of its row, else the copy is an illegal instruction. Row blocks
+// begin at any row, so a box of A scales begins up to 3 rows early; its place is a multiple of 128 bytes.
+inline constexpr int kScaleBox = kBlockM + 4, kScaleBoxPitch = 160;
 inline constexpr int kMaxSharedBytes = 232448;
 
 // Where GEMM1's A rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
@@ -45,7 +48,7 @@ struct GemmSharedMemory {
   };
   Stage stages[kNumStages];
   uint8_t staging[kMathWarpgroups][Epilogue::kStagingBytes];
-  float a_scale[kNumStages][kBlockM];
+  float a_scale[kNumStages][kScaleBoxPitch];
   PipelineBarriers<kNumStages> barriers;
 };
 
@@ -64,13 +67,13 @@ DEVICE void load_stage(Shared& shared, const GemmCursor& at, const CUtensorMap* 
                        const CUtensorMap* b_map, const GemmShape& shape, const Tile& tile, int k) {
   auto& stage = shared.stages[at.stage];
   const uint32_t full = shared.barriers.full_address(at.stage);
-  constexpr uint32_t kBytes = sizeof(stage.b) + sizeof(shared.a_scale[0]) + (kGather ? 0 : sizeof(stage.a));
+  constexpr uint32_t kBytes = sizeof(stage.b) + kScaleBox * sizeof(float) + (kGather ? 0 : sizeof(stage.a));
   mbarrier_arrive_expect(full, kBytes);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     tma_load_2d(smem_address(stage.b[half]), b_map, k * shape.k_columns,
                 tile.expert * shape.expert_stride + k * shape.k_stride + b_row(shape, tile, half), full);
-  tma_load_2d(smem_address(shared.a_scale[at.stage]), a_scale_map, tile.row0, k, full);
+  tma_load_2d(smem_address(shared.a_scale[at.stage]), a_scale_map, tile.row0 & ~3, k, full);
   if constexpr (!kGather) tma_load_2d(smem_address(stage.a), a_map, k * kBlockK, tile.row0, full);
 }
 
@@ -182,7 +185,8 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule&
       shared.barriers.wait_full(at);
       const auto& stage = shared.stages[at.stage];
       const uint64_t a = wgmma_descriptor(smem_address(stage.a) + first_row * kBlockK);
-      const uint32_t a_scale = smem_address(shared.a_scale[at.stage]) + (first_row + wg.fragment_row()) * 4;
+      const uint32_t a_scale =
+          smem_address(shared.a_scale[at.stage]) + (tile.row0 % 4 + first_row + wg.fragment_row()) * 4;
       float scale_a[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -219,7 +223,7 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule&
 }
 
 // The kernels (grouped_gemm_sm90.cu). Tensor maps: A [rows, K] in boxes of 128 x 128 bytes, its scales [K/128, rows] in
-// boxes of 1 x 128, B in boxes of 128 x 128 bytes.
+// boxes of 1 x kScaleBox, B in boxes of 128 x 128 bytes.
 __global__ void gemm1_sm90(const __grid_constant__ CUtensorMap a_scale_map, const __grid_constant__ CUtensorMap b_map,
                            const __grid_constant__ GatherA gather, const __grid_constant__ GemmShape shape,
                            const __grid_constant__ TileSchedule schedule,
