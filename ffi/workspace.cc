@@ -33,6 +33,8 @@ class Carve {
 
 }  // namespace
 
+bool MayDecode(const Problem& p) { return p.do_finalize && !p.has_gemm1_lora_delta && p.top_k <= kMaxDecodeSlots; }
+
 Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   const int64_t h_blocks = p.hidden_size / kScaleBlock, i_blocks = p.intermediate_size / kScaleBlock;
   const int64_t experts = p.local_num_experts;
@@ -62,6 +64,7 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
                                        : static_cast<int32_t*>(buffers.expanded_idx_to_permuted_idx.data);
   w.y2 = p.do_finalize ? carve.Take<uint16_t>({0, p.top_k * p.hidden_size})
                        : static_cast<uint16_t*>(buffers.gemm2_output.data);
+  if (MayDecode(p)) w.decode_h = carve.Take<float>({kMaxDecodeSlots * p.intermediate_size, 0});
   w.size = carve.size();
   return w;
 }

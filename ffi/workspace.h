@@ -19,6 +19,10 @@ struct alignas(16) MBlock {
   int16_t group_size;   // 1..kBlocksPerGroup
 };
 
+// A call of at most so many tokens and slots may take the decode kernels, which keep h in float32.
+inline constexpr int kMaxDecodeTokens = 16;
+inline constexpr int kMaxDecodeSlots = 128;
+
 // A large call is routed in at most this many chunks of consecutive expanded indices.
 inline constexpr int kMaxRouteChunks = 128;
 
@@ -36,9 +40,13 @@ struct Workspace {
   uint8_t* h;            // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
   float* h_scale;        // [I/128, scale_stride], or the result gemm1_activation_scale
   uint16_t* y2;          // bf16 [T*K, H]     or the result gemm2_output without do_finalize
+  float* decode_h;       // f32 [kMaxDecodeSlots, I]  activation of a slot (calls that could take the decode kernels)
   int64_t scale_stride;  // Problem::scale_stride()
   AffineBytes size;      // an upper bound for every number of tokens
 };
+
+// Whether its options let a problem take the decode kernels, whatever its number of tokens.
+bool MayDecode(const Problem& problem);
 
 // Pointers are offsets from buffers.workspace.data rounded up to 256 bytes; with null data only `size` means anything.
 Workspace CarveWorkspace(const Problem& problem, const Buffers& buffers);

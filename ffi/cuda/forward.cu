@@ -8,6 +8,8 @@
 #include <set>
 
 #include "../workspace.h"
+#include "call.h"
+#include "decode.h"
 #include "device.h"
 #include "kernels/finalize.cuh"
 #include "kernels/grouped_gemm_sm90.cuh"
@@ -20,26 +22,13 @@
 namespace jax_moe::cuda {
 namespace {
 
-struct Call {
-  const Problem& p;
-  const Buffers& buffers;
-  const Workspace& workspace;
-  const Config& config;
-  cudaStream_t stream;
-};
-
 unsigned Ctas(int64_t items, int64_t per_cta) { return unsigned((items + per_cta - 1) / per_cta); }
 
 Status Route(const Call& c) {
   RouteParameters r{};
-  r.topk_ids = static_cast<const int32_t*>(c.buffers.topk_ids.data);
-  r.local_expert_offset = static_cast<const int32_t*>(c.buffers.local_expert_offset.data);
-  r.offset = c.p.local_expert_offset;
-  r.packed = c.p.topk_weights_dtype == int64_t(DataType::kNone);
+  r.slots = c.slot_experts();
   r.num_expanded = int(c.p.expanded_rows());
   r.top_k = int(c.p.top_k);
-  r.num_experts = int(c.p.num_experts);
-  r.local_num_experts = int(c.p.local_num_experts);
   r.num_chunks = c.config.route_chunks;
   r.chunk_size = c.config.route_chunk_size;
   r.chunk_histogram = c.workspace.chunk_histogram;
@@ -49,8 +38,9 @@ Status Route(const Call& c) {
   r.expert_offsets = c.workspace.expert_offsets;
   r.num_m_blocks = c.workspace.num_m_blocks;
   r.m_blocks = c.workspace.m_blocks;
-  r.expert_weights = r.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
-  const LaunchShape shape{unsigned(r.num_chunks), kRouteThreads, unsigned(r.local_num_experts) * 4};
+  r.expert_weights =
+      r.slots.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
+  const LaunchShape shape{unsigned(r.num_chunks), kRouteThreads, unsigned(r.slots.local_num_experts) * 4};
   if (r.num_chunks > 1)
     if (Status s = Launch("route_count", route_count, shape, c.stream, r); !s.ok()) return s;
   return Launch("route_scatter", route_scatter, shape, c.stream, r);
@@ -83,8 +73,6 @@ Status Permute(const Call& c) {
   return Launch("permute_scales", permute_scales, {grid, kPermuteThreads}, c.stream, s);
 }
 
-const float* Floats(const Buffer& buffer) { return static_cast<const float*>(buffer.data); }
-
 // The weights [L, rows, k] of one GEMM, in the caller's layout.
 Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k,
                        CUtensorMap* map, GemmShape* shape) {
@@ -116,12 +104,10 @@ Status Gemm1(const Call& c) {
   const void* x = c.p.hidden_states_are_bf16() ? w.x : c.buffers.hidden_states.data;
   const GatherA gather{static_cast<const uint8_t*>(x), w.permuted_idx_to_token};
   const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm1_columns};
-  const ActivationChoice activation{ActivationType(c.p.activation_type), Floats(c.buffers.gemm1_alpha),
-                                    Floats(c.buffers.gemm1_beta), Floats(c.buffers.gemm1_clamp_limit)};
   const void* delta = c.p.has_gemm1_lora_delta ? c.buffers.gemm1_lora_delta.data : nullptr;
   const LoraDelta lora{static_cast<const uint16_t*>(delta), w.permuted_idx_to_expanded_idx, c.p.gemm1_rows()};
   const ActivationEpilogue epilogue{
-      w.h, w.h_scale, inter, w.scale_stride, activation, lora, c.p.use_shuffled_weight != 0};
+      w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, c.p.use_shuffled_weight != 0};
   return Launch("gemm1_sm90", gemm1_sm90, {unsigned(c.config.gemm1_grid), kGemmThreads, kGemm1SharedBytes}, c.stream,
                 a_scale_map, b_map, gather, shape, schedule, epilogue);
 }
@@ -149,10 +135,7 @@ Status Finalize(const Call& c) {
   FinalizeParameters f{};
   f.y2 = c.workspace.y2;
   f.expanded_idx_to_permuted_idx = c.workspace.expanded_idx_to_permuted_idx;
-  const bool packed = c.p.topk_weights_dtype == int64_t(DataType::kNone);
-  const bool bf16 = c.p.topk_weights_dtype == int64_t(DataType::kBFloat16);
-  f.weights = packed ? c.buffers.topk_ids.data : c.buffers.topk_weights.data;
-  f.weights_type = packed ? WeightsType::kPacked : bf16 ? WeightsType::kBFloat16 : WeightsType::kFloat32;
+  f.weights = c.slot_weights();
   f.output = static_cast<uint16_t*>(c.buffers.output.data);
   f.top_k = int(c.p.top_k);
   f.hidden = int(c.p.hidden_size);
@@ -206,15 +189,17 @@ Status Forward(const Problem& problem, const Buffers& buffers, int device, void*
   const struct {
     Stage stage;
     const char* name;
-    Status (*run)(const Call&);
-  } order[] = {{kRoute, "route", Route},
-               {kPermute, "permute", Permute},
-               {kGemm1, "gemm1", Gemm1},
-               {kGemm2, "gemm2", Gemm2},
-               {kFinalize, "finalize", Finalize}};
+    Status (*grouped)(const Call&);
+    Status (*decode)(const Call&);  // null: nothing to do
+  } order[] = {{kRoute, "route", Route, nullptr},
+               {kPermute, "permute", Permute, nullptr},
+               {kGemm1, "gemm1", Gemm1, DecodeGemm1},
+               {kGemm2, "gemm2", Gemm2, DecodeGemm2},
+               {kFinalize, "finalize", Finalize, nullptr}};
   for (const auto& step : order) {
-    if (!(stages & step.stage)) continue;
-    if (Status s = step.run(call); !s.ok()) return s;
+    const auto run = config.decode.used ? step.decode : step.grouped;
+    if (run == nullptr || !(stages & step.stage)) continue;
+    if (Status s = run(call); !s.ok()) return s;
     if (Status s = CheckStage(step.name, call.stream); !s.ok()) return s;
   }
   return {};

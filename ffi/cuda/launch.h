@@ -20,7 +20,10 @@ inline Status CudaStatus(cudaError_t error, const char* what) {
 struct LaunchShape {
   unsigned grid;
   unsigned threads;
-  unsigned shared_bytes = 0;
+  unsigned shared_bytes = 0;           // dynamic
+  unsigned shared_limit = 128 * 1024;  // most of it that any call of the kernel asks for
+  // Programmatic dependent launch: CTAs may start before the kernel before has ended, and wait for it themselves.
+  bool overlap_previous = false;
 };
 
 // Arguments are converted to the kernel's parameter types, as in a <<<>>> launch.
@@ -30,7 +33,7 @@ Status Launch(const char* name, void (*kernel)(Parameters...), LaunchShape shape
   // NOTE: 48 KiB are there unasked, less what the kernel has statically. The limit is the same for every call that
   // raises it, else a thread with a smaller call would lower it between another's two lines here.
   if (shape.shared_bytes > 40 * 1024) {
-    const int limit = std::max(int(shape.shared_bytes), 128 * 1024);
+    const int limit = int(std::max(shape.shared_bytes, shape.shared_limit));
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (error != cudaSuccess) return CudaStatus(error, name);
   }
@@ -39,6 +42,11 @@ Status Launch(const char* name, void (*kernel)(Parameters...), LaunchShape shape
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = shape.overlap_previous ? 1 : 0;
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 

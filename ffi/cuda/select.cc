@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "../workspace.h"
+#include "kernels/decode_layout.h"
 
 namespace jax_moe::cuda {
 namespace {
@@ -15,10 +16,56 @@ constexpr int64_t kSingleRouteRounds = 4;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A stage holds as many K blocks as its warps multiply at once, fewer where that leaves no stage half empty. The ring
+// takes what shared memory is left, up to 192 KiB; under 64 KiB in flight an SM reads visibly slower.
+constexpr int kRingBytes = 192 * 1024, kLeastRingBytes = 64 * 1024;
+// NOTE: a CTA asks for more than half an SM's shared memory, else two CTAs of a kernel that starts early share an SM.
+constexpr int kMoreThanHalf = 120 * 1024;
+
+bool FitTile(int64_t k, int most_chunks, int rows, int other_bytes, DecodeTile* tile) {
+  const int k_blocks = int(k / kScaleBlock);
+  tile->steps = int(CeilDiv(k_blocks, most_chunks));
+  tile->chunks = int(CeilDiv(k_blocks, tile->steps));
+  tile->stage_bytes = rows * tile->chunks * int(kScaleBlock);
+  const int room = std::min(kRingBytes, kDecodeSharedBytes - other_bytes);
+  tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages);
+  tile->shared_bytes = std::max(tile->stages * tile->stage_bytes + other_bytes, kMoreThanHalf);
+  return room >= kLeastRingBytes && tile->stages >= 2 && tile->steps <= kMaxDecodeSteps;
+}
+
+// Up to 8 tokens: the weights of the active experts are all that matters, and reading them once at full rate is what
+// the decode kernels do. Tiles of gemm1 are as small as a product instruction allows, so that even one expert occupies
+// all SMs. gemm2 takes the widest slice that still gives two thirds of the SMs one each: that many read at full rate,
+// and every slice reads all of h.
+DecodeConfig SelectDecode(const Problem& p, int num_sms) {
+  DecodeConfig d{};
+  const int64_t tokens = p.num_tokens;
+  if (!MayDecode(p) || tokens > 8 || p.expanded_rows() > kMaxDecodeSlots) return d;
+  d.token_tiles = int(CeilDiv(tokens, 8));
+  d.slice_columns = 16;
+  for (int columns : {32, 64, 128})
+    if (p.hidden_size / columns >= num_sms * 2 / 3) d.slice_columns = columns;
+  const int h_blocks = int(p.hidden_size / kScaleBlock), i_blocks = int(p.intermediate_size / kScaleBlock);
+  const auto gemm2_bytes = [&](int h_buffers) {
+    return int(DecodeGemm2Layout(0, i_blocks, int(tokens), d.token_tiles, h_buffers).bytes);
+  };
+  const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles).bytes);
+  d.h_buffers = std::clamp(64 * 1024 / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);
+  const int gemm2_other = gemm2_bytes(d.h_buffers);
+  d.used = FitTile(p.hidden_size, kDecodeWarps / 2, kDecodeGemm1Rows, gemm1_other, &d.gemm1) &&
+           FitTile(p.intermediate_size, kDecodeWarps / (d.slice_columns / 16), d.slice_columns, gemm2_other, &d.gemm2);
+
+  const int64_t most_tiles = std::min(p.expanded_rows(), p.local_num_experts) * (p.gemm1_rows() / kDecodeGemm1Rows);
+  d.gemm1.grid = int(std::min<int64_t>(num_sms, most_tiles));
+  d.gemm2.grid = int(std::min<int64_t>(num_sms, p.hidden_size / d.slice_columns));
+  return d;
+}
+
 }  // namespace
 
 Config Select(const Problem& p, int num_sms) {
   Config c{};
+  c.decode = SelectDecode(p, num_sms);
   const int64_t rows = std::max<int64_t>(p.expanded_rows(), 1);
   const int64_t rounds = CeilDiv(rows, kRouteRound);
   const int64_t rounds_per_cta = rounds <= kSingleRouteRounds ? rounds : CeilDiv(rounds, kMaxRouteChunks);
@@ -38,6 +85,15 @@ Config Select(const Problem& p, int num_sms) {
 std::string Explain(const Problem& p, int num_sms) {
   const Config c = Select(p, num_sms);
   std::ostringstream text;
+  if (const DecodeConfig& d = c.decode; d.used) {
+    text << "gemm1: decode_gemm_sm90, " << d.token_tiles * 8 << " token columns, tiles of " << kDecodeGemm1Rows
+         << " rows, ring of " << d.gemm1.stages << " x " << d.gemm1.stage_bytes << " bytes, " << d.gemm1.grid
+         << " CTAs\n"
+         << "gemm2: decode_gemm_sm90, slices of " << d.slice_columns << " columns, ring of " << d.gemm2.stages << " x "
+         << d.gemm2.stage_bytes << " bytes, " << d.gemm2.grid << " CTAs, weighted sum inside\n"
+         << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
+    return text.str();
+  }
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
        << " launch(es)\n"
        << "permute: " << (p.hidden_states_are_bf16() ? "quantise 1x128, " : "") << "scales to permuted order\n"

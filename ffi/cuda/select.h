@@ -7,7 +7,29 @@
 
 namespace jax_moe::cuda {
 
+// Dynamic shared memory that a decode kernel may use, beside what it has statically.
+inline constexpr int kDecodeSharedBytes = 232448 - 8192;
+
+// A stage of a decode kernel's ring holds `chunks` blocks of 128 of K; a tile's K takes `steps` of them.
+struct DecodeTile {
+  int chunks, steps;
+  int stages, stage_bytes;
+  int shared_bytes;
+  int grid;
+};
+struct DecodeConfig {
+  bool used;
+  int token_tiles;    // of 8 tokens
+  int slice_columns;  // of the output, a tile of gemm2
+  int h_buffers;
+  bool overlap_previous;  // gemm1 starts before the kernel before this call has ended
+  DecodeTile gemm1, gemm2;
+};
+
 struct Config {
+  DecodeConfig decode;
+  // The rest is for the grouped kernels.
+
   int route_chunks;      // CTAs of the route kernels; one launch when 1
   int route_chunk_size;  // expanded indices a CTA
   int gemm1_grid;        // persistent CTAs

@@ -4,21 +4,6 @@
 
 namespace jax_moe::cuda {
 
-namespace {
-
-DEVICE float routing_weight(const FinalizeParameters& p, int64_t slot) {
-  switch (p.weights_type) {
-    case WeightsType::kPacked:
-      return bf16_lo(uint32_t(__ldg(static_cast<const int32_t*>(p.weights) + slot)));
-    case WeightsType::kBFloat16:
-      return bf16_lo(__ldg(static_cast<const uint16_t*>(p.weights) + slot));
-    default:
-      return __ldg(static_cast<const float*>(p.weights) + slot);
-  }
-}
-
-}  // namespace
-
 __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_constant__ FinalizeParameters p) {
   constexpr int kInFlight = 8;
   const int chunks = (p.hidden + kFinalizeColumnsPerCta - 1) / kFinalizeColumnsPerCta;
@@ -37,7 +22,7 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
       const int row = slot < p.top_k ? __ldg(rows + slot) : -1;
       valid[i] = row >= 0;
       if (!valid[i]) continue;
-      weight[i] = routing_weight(p, token * p.top_k + slot);
+      weight[i] = p.weights.at(token * p.top_k + slot);
       y[i] = __ldcs(reinterpret_cast<const uint4*>(p.y2 + int64_t(row) * p.hidden + column));
     }
 #pragma unroll

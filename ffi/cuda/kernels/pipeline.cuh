@@ -33,14 +33,20 @@ struct PipelineBarriers {
     mbarrier_fence_init();
   }
   DEVICE uint32_t full_address(int stage) const { return smem_address(&full[stage]); }
-  DEVICE void wait_full(const PipelineCursor<kStages>& at) const {
+  // A cursor is a `stage` and a `parity`, wherever its number of stages comes from.
+  template <class Cursor>
+  DEVICE void wait_full(const Cursor& at) const {
     mbarrier_wait(smem_address(&full[at.stage]), at.parity);
   }
   // The first lap passes at once: a fresh barrier counts as having completed parity 1.
-  DEVICE void wait_empty(const PipelineCursor<kStages>& at) const {
+  template <class Cursor>
+  DEVICE void wait_empty(const Cursor& at) const {
     mbarrier_wait(smem_address(&empty[at.stage]), at.parity ^ 1);
   }
-  DEVICE void release(const PipelineCursor<kStages>& at) const { mbarrier_arrive(smem_address(&empty[at.stage])); }
+  template <class Cursor>
+  DEVICE void release(const Cursor& at) const {
+    mbarrier_arrive(smem_address(&empty[at.stage]));
+  }
 };
 
 }  // namespace jax_moe::cuda

@@ -59,6 +59,14 @@ DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uin
       "l"(map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
 }
+// The same for a three-dimensional map: element (x, y, z).
+DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(smem),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
 DEVICE void cp_async_16(uint32_t smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
 }
@@ -94,6 +102,10 @@ DEVICE void store_shared_u32(uint32_t smem, uint32_t v) {
 DEVICE void store_shared_v2(uint32_t smem, uint2 v) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(smem), "r"(v.x), "r"(v.y) : "memory");
 }
+DEVICE void store_shared_v4(uint32_t smem, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b), "r"(c),
@@ -101,10 +113,42 @@ DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, u
                : "memory");
 }
 
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. r[j] of lane l becomes
+// bytes 4 (l % 4) to + 3 of row l / 4 of matrix j.
+DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem)
+               : "memory");
+}
+
+// ---- global memory
+// ---------------------------------------------------------------------------------------------------
+// What another kernel has written while this one may have been running already: not through the read-only path.
+DEVICE float4 load_fresh_v4(const float* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
+// ---- kernels in a row, launched with programmatic dependent launch; else both do nothing
+// ---------------------------------------------------------------------------------------------------
+// Returns when the kernel before has completed and its writes are seen.
+DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Lets the next kernel's CTAs start where there is room; they wait for this kernel themselves.
+DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // ---- warpgroups
 // ------------------------------------------------------------------------------------------------------
 DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Counts this thread in without waiting; `threads` counts those that wait too.
+DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 template <int kRegisters>
 DEVICE void reduce_registers() {
@@ -113,6 +157,26 @@ DEVICE void reduce_registers() {
 template <int kRegisters>
 DEVICE void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- warp-level matrix product
+// -----------------------------------------------------------------------------------------------------------
+// Four e4m3 codes to f16, exactly: `lo` has the first two, `hi` the others. NaN stays NaN.
+DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) {
+  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}"
+      : "=r"(lo), "=r"(hi)
+      : "r"(codes));
+}
+// D[16][8] += A[16][16] B[8][16]^T, f16 operands, float32 sums. With g = lane / 4, q = lane % 4: a0 row g and a1 row g
+// + 8 at k = 2 q (+ 1), a2 and a3 at k + 8; b0 row g at k = 2 q (+ 1), b1 at k + 8; d[0, 1] row g, d[2, 3] row g + 8,
+// at columns 2 q (+ 1).
+DEVICE void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // ---- wgmma

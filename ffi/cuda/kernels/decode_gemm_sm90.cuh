@@ -1,0 +1,80 @@
+// Decode: a call of few tokens as two kernels that do little but read weights. Weight rows are the M side of the matrix
+// product and all tokens its N side (8 or 16 columns), so weights read once serve every token that needs them. They
+// come through a ring of TMA boxes; e4m3 codes are widened to f16, which is exact, and summed in float32.
+//   decode_gemm1: tiles of 16 up and 16 gate rows (or 32 rows), all of K; h = activation, float32, a row a slot.
+//   decode_gemm2: slices of output columns; quantises h 1x128 as it comes, sums over the experts, writes the output.
+#pragma once
+#include "activation.cuh"
+#include "active_experts.cuh"
+#include "decode_layout.h"
+#include "pipeline.cuh"
+
+namespace jax_moe::cuda {
+
+// How weights [L, rows, K] reach the ring: boxes [chunks][box rows][128 B] at (0, e * expert_y + row, e * expert_z +
+// chunk) of a map {128, rows, K / 128}, in either layout.
+struct WeightStream {
+  const float* scale;  // [L, rows / 128, k_blocks]
+  int rows;            // of an expert
+  int k_blocks;        // K / 128
+  int chunks;          // K blocks of a stage
+  int steps;           // stages that all of K takes
+  int expert_y, expert_z;
+  int stages;            // of the ring
+  uint32_t stage_bytes;  // a multiple of 1024
+};
+
+struct DecodeGemm1Parameters {
+  SlotExperts slots;
+  int num_tokens, top_k;
+  const void* x;  // bf16 or e4m3 [T, H]
+  bool x_is_bf16;
+  const float* x_scale;  // of e4m3: element (block, token) at block * block_stride + token * token_stride
+  int64_t block_stride, token_stride;
+  WeightStream stream;
+  int intermediate;  // I
+  int num_tiles;     // of an expert
+  bool shuffled;
+  ActivationChoice activation;
+  float* h;  // [rows, I], rows as in ActiveRows
+};
+
+struct DecodeGemm2Parameters {
+  SlotExperts slots;
+  SlotWeights weights;
+  int num_tokens, top_k;
+  const float* h;  // [rows, I], rows as in ActiveRows
+  WeightStream stream;
+  int hidden;      // H
+  int slice_rows;  // of weights, 16 to 128: columns of the output
+  int h_buffers;   // experts whose quantised h is held at a time
+  bool shuffled;
+  uint16_t* output;  // bf16 [T, H]
+};
+
+// Position in a ring whose number of stages is known at run time.
+struct RingCursor {
+  int stage = 0;
+  uint32_t parity = 0;
+  DEVICE void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// A warp's scales of the K blocks it multiplies: lane s holds that of step s. Read a tile ahead of their use.
+DEVICE float load_step_scales(const WeightStream& stream, int expert, int row, int first_chunk) {
+  const int chunk = threadIdx.x % 32 * stream.chunks + first_chunk;
+  if (chunk >= stream.k_blocks) return 0.f;
+  return __ldg(stream.scale + (int64_t(expert) * (stream.rows / 128) + row / 128) * stream.k_blocks + chunk);
+}
+
+using DecodeGemm1Kernel = void (*)(CUtensorMap, DecodeGemm1Parameters);
+using DecodeGemm2Kernel = void (*)(CUtensorMap, DecodeGemm2Parameters);
+// The kernels for 8 or 16 tokens (token_tiles 1, 2).
+DecodeGemm1Kernel FindDecodeGemm1(int token_tiles);
+DecodeGemm2Kernel FindDecodeGemm2(int token_tiles);
+
+}  // namespace jax_moe::cuda
