@@ -21,6 +21,7 @@ struct LaunchShape {
   unsigned grid;
   unsigned threads;
   unsigned shared_bytes = 0;
+  bool overlap_previous = false;  // start before the kernel before it ends: see wait_for_previous_kernel()
 };
 
 // Arguments are converted to the kernel's parameter types, as in a <<<>>> launch.
@@ -39,6 +40,13 @@ Status Launch(const char* name, void (*kernel)(Parameters...), LaunchShape shape
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  if (shape.overlap_previous) {
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+  }
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 

@@ -21,9 +21,9 @@ namespace {
 constexpr uint64_t kMagic = 0x7265697272616d00;  // in the 8 bytes of an mbarrier, to see them overwritten
 constexpr const char* kMeetings[] = {
     // in the order of Meeting
-    "__syncwarp",      "__shfl_sync", "__shfl_up_sync",   "__shfl_down_sync",
-    "__shfl_xor_sync", "a vote",      "__match_any_sync", "a warp reduction",
-    "stmatrix",        "wgmma",       "setmaxnreg",
+    "__syncwarp",       "__shfl_sync",      "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync", "a vote",
+    "__match_any_sync", "a warp reduction", "stmatrix",       "ldmatrix",         "mma.sync",        "wgmma",
+    "setmaxnreg",
 };
 
 struct NamedBarrier {

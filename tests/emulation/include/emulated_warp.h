@@ -19,6 +19,8 @@ enum class Meeting {
   kMatch,
   kReduce,
   kStoreMatrix,
+  kLoadMatrix,
+  kMultiply,
   kWgmma,
   kRegisters
 };
