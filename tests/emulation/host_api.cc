@@ -33,6 +33,9 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
   if (grid.x < 1 || grid.x > 0x7FFFFFFFu || block.x < 1 || block.x > 1024) return refuse("an illegal grid or block");
   if (config.dynamicSmemBytes > size_t(limit))
     return refuse("more dynamic shared memory than was asked for by cudaFuncSetAttribute");
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization)
+      return refuse("a launch attribute that is not emulated");
   return run_grid(thread, grid, block, uint32_t(config.dynamicSmemBytes));
 }
 
