@@ -22,6 +22,8 @@
 namespace jax_moe::cuda {
 namespace {
 
+static_assert(kGemm1SharedBytes <= kMaxSharedBytes && kGemm2SharedBytes <= kMaxSharedBytes, "shared memory of an SM");
+
 unsigned Ctas(int64_t items, int64_t per_cta) { return unsigned((items + per_cta - 1) / per_cta); }
 
 Status Route(const Call& c) {

@@ -27,7 +27,7 @@ bool FitTile(int64_t k, int most_chunks, int rows, int other_bytes, DecodeTile* 
   tile->steps = int(CeilDiv(k_blocks, most_chunks));
   tile->chunks = int(CeilDiv(k_blocks, tile->steps));
   tile->stage_bytes = rows * tile->chunks * int(kScaleBlock);
-  const int room = std::min(kRingBytes, kDecodeSharedBytes - other_bytes);
+  const int room = std::min(kRingBytes, kMaxSharedBytes - other_bytes);
   tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages);
   tile->shared_bytes = std::max(tile->stages * tile->stage_bytes + other_bytes, kMoreThanHalf);
   return room >= kLeastRingBytes && tile->stages >= 2 && tile->steps <= kMaxDecodeSteps;

@@ -7,8 +7,7 @@
 
 namespace jax_moe::cuda {
 
-// Dynamic shared memory that a decode kernel may use, beside what it has statically.
-inline constexpr int kDecodeSharedBytes = 232448 - 8192;
+inline constexpr int kMaxSharedBytes = 232448;  // dynamic shared memory that one CTA may have
 
 // A stage of a decode kernel's ring holds `chunks` blocks of 128 of K; a tile's K takes `steps` of them.
 struct DecodeTile {

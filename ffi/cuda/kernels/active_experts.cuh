@@ -34,7 +34,8 @@ struct ActiveExperts {
     for (int r = 0; r < kSlotsPerLane; ++r) {
       leads[r] = false, leaders[r] = 0, ranks[r] = experts[r] < 0 ? -1 : 0;
       if (32 * r >= num_slots) continue;
-      leads[r] = experts[r] >= 0 && __ffs(__match_any_sync(~0u, experts[r])) - 1 == lane;
+      const unsigned peers = __match_any_sync(~0u, experts[r]);
+      leads[r] = experts[r] >= 0 && __ffs(peers) - 1 == lane;
 #pragma unroll
       for (int before = 0; before < r; ++before) {
         for (unsigned rest = leaders[before]; rest != 0; rest &= rest - 1)

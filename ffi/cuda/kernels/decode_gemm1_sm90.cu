@@ -12,11 +12,12 @@ constexpr int kReadyBarrier = 1, kMathBarrier = 2;
 constexpr int kProducerThread = kDecodeMathThreads, kListThread = kDecodeMathThreads + 32;
 constexpr int kParts = kDecodeWarps / 2;  // warps that share the rows of a group
 
-struct Fixed {  // static shared memory
+struct Fixed {
   PipelineBarriers<kMaxRingStages> ring;
   ActiveExperts experts;  // the producer's
   ActiveRows rows;
 };
+static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
 
 struct Tile {  // 16 rows from `first` on and 16 from `second` on: up and gate, or neighbours
   int a, expert, index, first, second;
@@ -168,9 +169,9 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, const float* x_sca
 template <int kTokenTiles>
 __global__ void __launch_bounds__(kDecodeGemm1Threads, 1)
     decode_gemm1(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm1Parameters p) {
-  __shared__ Fixed fixed;
   uint8_t* memory = dynamic_shared_memory();
   const DecodeGemm1Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, kTokenTiles);
+  Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const bool gated = p.stream.rows != p.intermediate;
   const int num_slots = p.num_tokens * p.top_k, warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {

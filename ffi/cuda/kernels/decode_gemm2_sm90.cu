@@ -12,12 +12,13 @@ constexpr int kReadyBarrier = 1, kMathBarrier = 2;
 constexpr int kProducerThread = kDecodeMathThreads + kLoaderWarps * 32;
 constexpr int kLoadsInFlight = 4;  // of 128 values, a loader warp; as many again are being quantised
 
-struct Fixed {  // static shared memory
+struct Fixed {
   PipelineBarriers<kMaxRingStages> ring;
   PipelineBarriers<kMaxHBuffers> h;  // full: every loader warp; empty: every math warp
   ActiveExperts experts;             // the producer's
   ActiveRows rows;
 };
+static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
 
 // By one thread.
 DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm2Parameters& p) {
@@ -171,10 +172,10 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
 template <int kTokenTiles>
 __global__ void __launch_bounds__(kDecodeGemm2Threads, 1)
     decode_gemm2(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm2Parameters p) {
-  __shared__ Fixed fixed;
   uint8_t* memory = dynamic_shared_memory();
   const DecodeGemm2Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, kTokenTiles,
                                  p.h_buffers);
+  Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const int num_slots = p.num_tokens * p.top_k, warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);

@@ -18,7 +18,6 @@ inline constexpr int kGemmThreads = (kMathWarpgroups + 1) * 128;
 // NOTE: a TMA box must begin at a multiple of 16 bytes of its row, else the copy is an illegal instruction. Row blocks
 // begin at any row, so a box of A scales begins up to 3 rows early; its place is a multiple of 128 bytes.
 inline constexpr int kScaleBox = kBlockM + 4, kScaleBoxPitch = 160;
-inline constexpr int kMaxSharedBytes = 232448;
 
 // Where GEMM1's A rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
 struct GatherA {
@@ -235,6 +234,5 @@ __global__ void gemm2_sm90(const __grid_constant__ CUtensorMap a_map, const __gr
 
 inline constexpr int kGemm1SharedBytes = sizeof(GemmSharedMemory<ActivationEpilogue>);
 inline constexpr int kGemm2SharedBytes = sizeof(GemmSharedMemory<Bf16Epilogue>);
-static_assert(kGemm1SharedBytes <= kMaxSharedBytes && kGemm2SharedBytes <= kMaxSharedBytes, "shared memory of an SM");
 
 }  // namespace jax_moe::cuda
