@@ -33,7 +33,9 @@ class Carve {
 
 }  // namespace
 
-bool MayDecode(const Problem& p) { return p.do_finalize && !p.has_gemm1_lora_delta && p.top_k <= kMaxDecodeSlots; }
+bool MayDecode(const Problem& p) {
+  return p.do_finalize && !p.has_gemm1_lora_delta && p.local_num_experts <= kMaxDecodeExperts;
+}
 
 Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   const int64_t h_blocks = p.hidden_size / kScaleBlock, i_blocks = p.intermediate_size / kScaleBlock;

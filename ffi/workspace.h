@@ -19,9 +19,10 @@ struct alignas(16) MBlock {
   int16_t group_size;   // 1..kBlocksPerGroup
 };
 
-// A call of at most so many tokens and slots may take the decode kernels, which keep h in float32.
-inline constexpr int kMaxDecodeTokens = 16;
+// A call of at most so many tokens, slots and local experts may take the decode kernels, which keep h in float32.
+inline constexpr int kMaxDecodeTokens = 8;
 inline constexpr int kMaxDecodeSlots = 128;
+inline constexpr int kMaxDecodeExperts = 4096;
 
 // A large call is routed in at most this many chunks of consecutive expanded indices.
 inline constexpr int kMaxRouteChunks = 128;

@@ -56,8 +56,8 @@ Status DecodeGemm1(const Call& c) {
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.activation = c.activation();
   p.h = c.workspace.decode_h;
-  return LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles), d.gemm1.grid, kDecodeGemm1Threads,
-                      d.gemm1.shared_bytes, d.overlap_previous, c, map, p);
+  return LaunchDecode("decode_gemm1", FindDecodeGemm1(), d.gemm1.grid, kDecodeGemm1Threads, d.gemm1.shared_bytes,
+                      d.overlap_previous, c, map, p);
 }
 
 Status DecodeGemm2(const Call& c) {
@@ -77,8 +77,8 @@ Status DecodeGemm2(const Call& c) {
   p.h_buffers = d.h_buffers;
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.output = static_cast<uint16_t*>(c.buffers.output.data);
-  return LaunchDecode("decode_gemm2", FindDecodeGemm2(d.token_tiles), d.gemm2.grid, kDecodeGemm2Threads,
-                      d.gemm2.shared_bytes, true, c, map, p);
+  return LaunchDecode("decode_gemm2", FindDecodeGemm2(), d.gemm2.grid, kDecodeGemm2Threads, d.gemm2.shared_bytes, true,
+                      c, map, p);
 }
 
 }  // namespace jax_moe::cuda

@@ -40,7 +40,7 @@ bool FitTile(int64_t k, int most_chunks, int rows, int other_bytes, DecodeTile* 
 DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   DecodeConfig d{};
   const int64_t tokens = p.num_tokens;
-  if (!MayDecode(p) || tokens > 8 || p.expanded_rows() > kMaxDecodeSlots) return d;
+  if (!MayDecode(p) || tokens > kMaxDecodeTokens || p.expanded_rows() > kMaxDecodeSlots) return d;
   d.token_tiles = int(CeilDiv(tokens, 8));
   d.slice_columns = 16;
   for (int columns : {32, 64, 128})

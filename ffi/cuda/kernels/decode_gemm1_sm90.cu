@@ -8,14 +8,14 @@
 namespace jax_moe::cuda {
 namespace {
 
-constexpr int kReadyBarrier = 1, kMathBarrier = 2;
+constexpr int kExpertsBarrier = 1, kTokensBarrier = 2, kMathBarrier = 3;
 constexpr int kProducerThread = kDecodeMathThreads, kListThread = kDecodeMathThreads + 32;
 constexpr int kParts = kDecodeWarps / 2;  // warps that share the rows of a group
 
 struct Fixed {
   PipelineBarriers<kMaxRingStages> ring;
   ActiveExperts experts;  // the producer's
-  ActiveRows rows;
+  ActiveTokens active;
 };
 static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
 
@@ -93,14 +93,14 @@ DEVICE void copy_tokens(const DecodeGemm1Parameters& p, uint32_t x, float* x_sca
 
 // Sums the warps' parts of a tile in their order, applies the activation and stores h.
 template <int kTokenTiles>
-DEVICE void finish_tile(const DecodeGemm1Parameters& p, const ActiveRows& rows, const Tile& tile,
+DEVICE void finish_tile(const DecodeGemm1Parameters& p, const ActiveTokens& active, const Tile& tile,
                         const float* partial) {
   with_activation(p.activation, tile.expert, [&](const auto& function) {
     constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
     constexpr int kColumns = kGated ? 16 : 32;
-    const int first = rows.begin[tile.a], num_rows = rows.begin[tile.a + 1] - first;
-    for (int i = threadIdx.x; i < num_rows * kColumns; i += kDecodeMathThreads) {
-      const int column = i % kColumns, row = first + i / kColumns, token = rows.token[row];
+    for (int i = threadIdx.x; i < p.num_tokens * kColumns; i += kDecodeMathThreads) {
+      const int column = i % kColumns, token = i / kColumns;
+      if (!active.names(tile.a, token)) continue;
       const float* from = partial + token / 8 * 128 + fragment_index(stored_row(column % 16, p.shuffled), token % 8);
       const auto sum_of_group = [&](int group) {
         float sum = 0.f;
@@ -113,36 +113,42 @@ DEVICE void finish_tile(const DecodeGemm1Parameters& p, const ActiveRows& rows, 
         result = function(sum_of_group(1), sum_of_group(0));
       else
         result = function(sum_of_group(column / 16));
-      p.h[int64_t(row) * p.intermediate + tile.index * kColumns + column] = result;
+      p.h[int64_t(active.slot[tile.a][token]) * p.intermediate + tile.index * kColumns + column] = result;
     }
   });
 }
 
 template <int kTokenTiles>
-DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, const float* x_scale, float* partial,
+DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, float* partial,
                      const DecodeGemm1Parameters& p, bool gated) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp % 2, part = warp / 2;
-  const ActiveExperts& experts = fixed.rows.experts;
+  const ActiveExperts& experts = fixed.experts;
   const int num_tiles = experts.count * p.num_tiles;
   RingCursor at;
   float scales, next_scales = 0.f;
   const auto load_scales = [&](int t) {
     const Tile tile = tile_at(p, experts, t, gated);
-    next_scales = load_step_scales(s, tile.expert, group == 0 ? tile.first : tile.second, part);
+    next_scales = load_step_scales(s, tile.expert, group == 0 ? tile.first : tile.second, kParts, part, 0);
   };
   if (int(blockIdx.x) < num_tiles) load_scales(blockIdx.x);
+  if (p.x_is_bf16)
+    quantize_tokens<kTokenTiles>(p, x, x_scale);
+  else
+    copy_tokens<kTokenTiles>(p, x, x_scale);
+  // Arrivals: all math threads and the warp that lists the tokens. Publishes both.
+  named_barrier_sync(kTokensBarrier, kDecodeMathThreads + 32);
   int buffer = 0;
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, buffer ^= 1) {
     scales = next_scales;
     if (t + int(gridDim.x) < num_tiles) load_scales(t + gridDim.x);
     float sums[kTokenTiles][4] = {};
     for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
-      const int chunk = step * s.chunks + part;
+      const int in_stage = chunk_in_stage(kParts, part, 0, step, s), chunk = step * s.chunks + in_stage;
       fixed.ring.wait_full(at);
-      if (part < s.chunks && chunk < s.k_blocks) {
+      if (in_stage < s.chunks && chunk < s.k_blocks) {
         float product[kTokenTiles][4];
-        multiply_chunk(product, ring + at.stage * s.stage_bytes + (group * s.chunks + part) * 2048,
+        multiply_chunk(product, ring + at.stage * s.stage_bytes + (group * s.chunks + in_stage) * 2048,
                        x + chunk * p.num_tokens * 128, p.num_tokens - 1);
         const float scale = __shfl_sync(~0u, scales, step);
 #pragma unroll
@@ -162,7 +168,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, const float* x_sca
           make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
     // Arrivals: all math threads. Publishes the parts; those of the tile before last have been read by now.
     named_barrier_sync(kMathBarrier, kDecodeMathThreads);
-    finish_tile<kTokenTiles>(p, fixed.rows, tile_at(p, experts, t, gated), parts);
+    finish_tile<kTokenTiles>(p, fixed.active, tile_at(p, experts, t, gated), parts);
   }
 }
 
@@ -185,28 +191,22 @@ __global__ void __launch_bounds__(kDecodeGemm1Threads, 1)
     int expert[kSlotsPerLane], ranks[kSlotsPerLane];
     load_slot_experts(p.slots, num_slots, expert);
     fixed.experts.build(expert, num_slots, ranks);
+    named_barrier_arrive(kExpertsBarrier, kDecodeMathThreads + 32);
     if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p, gated);
-    return;
+  } else if (warp == kListThread / 32) {
+    fixed.active.build(p.slots, {}, false, p.num_tokens, p.top_k);
+    named_barrier_arrive(kTokensBarrier, kDecodeMathThreads + 32);
+  } else {
+    // Arrivals: all math threads and the producer's warp. Publishes the experts.
+    named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
+    multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.x),
+                          reinterpret_cast<float*>(memory + layout.x_scale),
+                          reinterpret_cast<float*>(memory + layout.partial), p, gated);
   }
-  float* x_scale = reinterpret_cast<float*>(memory + layout.x_scale);
-  const uint32_t x = smem_address(memory + layout.x);
-  if (warp == kListThread / 32) {
-    fixed.rows.build(p.slots, {}, false, p.num_tokens, p.top_k);
-    named_barrier_arrive(kReadyBarrier, kDecodeMathThreads + 32);
-    return;
-  }
-  if (p.x_is_bf16)
-    quantize_tokens<kTokenTiles>(p, x, x_scale);
-  else
-    copy_tokens<kTokenTiles>(p, x, x_scale);
-  // Arrivals: all threads but the producer's warp. Publishes the tokens and the rows.
-  named_barrier_sync(kReadyBarrier, kDecodeMathThreads + 32);
-  multiply<kTokenTiles>(fixed, smem_address(memory), x, x_scale, reinterpret_cast<float*>(memory + layout.partial), p,
-                        gated);
 }
 
 }  // namespace
 
-DecodeGemm1Kernel FindDecodeGemm1(int token_tiles) { return token_tiles == 1 ? decode_gemm1<1> : decode_gemm1<2>; }
+DecodeGemm1Kernel FindDecodeGemm1() { return decode_gemm1<kMaxDecodeTokens / 8>; }
 
 }  // namespace jax_moe::cuda

@@ -10,13 +10,13 @@ namespace {
 
 constexpr int kReadyBarrier = 1, kMathBarrier = 2;
 constexpr int kProducerThread = kDecodeMathThreads + kLoaderWarps * 32;
-constexpr int kLoadsInFlight = 4;  // of 128 values, a loader warp; as many again are being quantised
+constexpr int kLoadsInFlight = 4;  // of 128 values, a loader warp
 
 struct Fixed {
   PipelineBarriers<kMaxRingStages> ring;
   PipelineBarriers<kMaxHBuffers> h;  // full: every loader warp; empty: every math warp
   ActiveExperts experts;             // the producer's
-  ActiveRows rows;
+  ActiveTokens active;
 };
 static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
 
@@ -42,54 +42,65 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
 // to the loader warps; each walks all experts, so that buffers are filled and freed in order.
 template <int kTokenTiles>
 DEVICE void load_h(Fixed& fixed, uint32_t h, float* h_scale, const DecodeGemm2Parameters& p, int warp) {
-  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks;
-  const ActiveRows& rows = fixed.rows;
-  const int num_blocks = rows.begin[rows.experts.count] * k_blocks;
+  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, count = fixed.active.experts.count;
   RingCursor at;
   for (int slice = blockIdx.x * p.slice_rows; slice < p.hidden; slice += gridDim.x * p.slice_rows) {
-    int a = 0, row = 0,
-        row_begin = 0;  // the expert whose buffer is open; the row of the block at hand, its first block
-    if (rows.experts.count > 0) fixed.h.wait_empty(at);
-    const auto close = [&] {  // hands the open buffer over and opens the next
+    // Two walks over the warp's blocks: one that loads, kLoadsInFlight blocks ahead, and one that quantises.
+    struct Walk {
+      int a = 0, row = 0, chunk;  // expert, the token's place among those that name it, K block
+      uint32_t rest = 0;          // tokens of the expert from `row` on
+    };
+    const auto settle = [&](Walk& walk, auto&& leave) {  // carries chunk over into rows and experts
+      while (walk.a < count && walk.chunk >= k_blocks) {
+        walk.chunk -= k_blocks;
+        walk.rest &= walk.rest - 1;
+        while (walk.rest == 0) {
+          leave(walk.a);
+          if (++walk.a == count) return;
+          walk.rest = fixed.active.tokens[walk.a];
+        }
+      }
+    };
+    Walk ahead, behind;
+    ahead.chunk = behind.chunk = warp;
+    if (count > 0) ahead.rest = behind.rest = fixed.active.tokens[0];
+    uint4 v[kLoadsInFlight];
+    const auto load = [&](uint4& to) {
+      settle(ahead, [](int) {});
+      if (ahead.a == count) return;
+      const int slot = fixed.active.slot[ahead.a][__ffs(ahead.rest) - 1];
+      to = load_fresh_v4(p.h + (int64_t(slot) * k_blocks + ahead.chunk) * 128 + lane * 4);
+      ahead.chunk += kLoaderWarps;
+    };
+#pragma unroll
+    for (int i = 0; i < kLoadsInFlight; ++i) load(v[i]);
+    if (count > 0) fixed.h.wait_empty(at);
+    const auto close = [&](int a) {  // hands an expert's buffer over and opens the next one
       __syncwarp();
       if (lane == 0) mbarrier_arrive(fixed.h.full_address(at.stage));
       at.advance(p.h_buffers);
-      if (++a < rows.experts.count) fixed.h.wait_empty(at);
+      if (a + 1 < count) fixed.h.wait_empty(at);
     };
-    uint4 v[kLoadsInFlight], next[kLoadsInFlight];
-    const auto load = [&](int first) {
+    while (behind.a < count) {
 #pragma unroll
       for (int i = 0; i < kLoadsInFlight; ++i) {
-        const int block = first + i * kLoaderWarps;
-        if (block < num_blocks) next[i] = load_fresh_v4(p.h + int64_t(block) * 128 + lane * 4);
-      }
-    };
-    load(warp);
-    for (int first = warp; first < num_blocks; first += kLoadsInFlight * kLoaderWarps) {
-#pragma unroll
-      for (int i = 0; i < kLoadsInFlight; ++i) v[i] = next[i];
-      load(first + kLoadsInFlight * kLoaderWarps);
-#pragma unroll
-      for (int i = 0; i < kLoadsInFlight; ++i) {
-        const int block = first + i * kLoaderWarps;
-        if (block >= num_blocks) break;
+        settle(behind, close);
+        if (behind.a == count) break;
         const float x[4] = {__uint_as_float(v[i].x), __uint_as_float(v[i].y), __uint_as_float(v[i].z),
                             __uint_as_float(v[i].w)};
+        load(v[i]);
         float amax = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
 #pragma unroll
         for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
         const float scale = block_scale(amax), inverse = 1.f / scale;
-        while (block >= row_begin + k_blocks) ++row, row_begin += k_blocks;
-        while (row >= rows.begin[a + 1]) close();
-        const int chunk = block - row_begin, token = rows.token[row];
-        store_shared_u32(h + ((at.stage * k_blocks + chunk) * p.num_tokens + token) * 128 +
-                             ((lane / 4 ^ (token & 7)) << 4) + lane % 4 * 4,
+        const int chunk = at.stage * k_blocks + behind.chunk, token = __ffs(behind.rest) - 1;
+        store_shared_u32(h + (chunk * p.num_tokens + token) * 128 + ((lane / 4 ^ (token & 7)) << 4) + lane % 4 * 4,
                          to_e4m3x2(x[0] * inverse, x[1] * inverse) | uint32_t(to_e4m3x2(x[2] * inverse, x[3] * inverse))
                                                                          << 16);
-        if (lane == 0) h_scale[(at.stage * k_blocks + chunk) * kTokenTiles * 8 + token] = scale;
+        if (lane == 0) h_scale[chunk * kTokenTiles * 8 + token] = scale;
+        behind.chunk += kLoaderWarps;
       }
     }
-    while (a < rows.experts.count) close();
   }
 }
 
@@ -110,17 +121,21 @@ template <int kTokenTiles>
 DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_scale, float* partial,
                      const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = p.slice_rows / 16;
-  const int group = warp % groups, part = warp / groups;  // of the rows; of the K blocks of a stage
-  const ActiveRows& rows = fixed.rows;
-  const int count = rows.experts.count;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int groups = p.slice_rows / 16, parts = kDecodeWarps / groups;  // of the rows; warps that share a group's K
+  const int group = warp % groups, part = warp / groups;
+  const ActiveTokens& active = fixed.active;
+  const int count = active.experts.count;
   RingCursor at, h_at;
   for (int first = blockIdx.x * p.slice_rows; first < p.hidden; first += gridDim.x * p.slice_rows) {
     float sums[kTokenTiles][4] = {};
-    float scales, next_scales = count > 0 ? load_step_scales(s, rows.experts.expert[0], first, part) : 0.f;
+    const auto load_scales = [&](int a) {
+      return a < count ? load_step_scales(s, active.experts.expert[a], first, parts, part, a * s.k_blocks) : 0.f;
+    };
+    float scales, next_scales = load_scales(0);
     for (int a = 0; a < count; ++a, h_at.advance(p.h_buffers)) {
       scales = next_scales;
-      if (a + 1 < count) next_scales = load_step_scales(s, rows.experts.expert[a + 1], first, part);
+      next_scales = load_scales(a + 1);
       // Routing weights of this thread's two tokens of a tile. NOTE: a token that is not routed here is left out, not
       // multiplied by 0: no NaN of another token's expert gets in.
       float weight[kTokenTiles][2];
@@ -129,18 +144,19 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int row = rows.row[a][n * 8 + lane % 4 * 2 + i];  // -1 past the last token, too
-          routed[n][i] = row >= 0;
-          weight[n][i] = row >= 0 ? rows.weight[row] : 0.f;
+          const int token = n * 8 + lane % 4 * 2 + i;
+          routed[n][i] = active.names(a, token);
+          weight[n][i] = routed[n][i] ? active.weight[active.slot[a][token]] : 0.f;
         }
       }
       fixed.h.wait_full(h_at);
       for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
-        const int chunk = step * s.chunks + part, h_chunk = h_at.stage * s.k_blocks + chunk;
+        const int in_stage = chunk_in_stage(parts, part, a * s.k_blocks, step, s);
+        const int chunk = step * s.chunks + in_stage, h_chunk = h_at.stage * s.k_blocks + chunk;
         fixed.ring.wait_full(at);
-        if (part < s.chunks && chunk < s.k_blocks) {
+        if (in_stage < s.chunks && chunk < s.k_blocks) {
           float product[kTokenTiles][4];
-          multiply_chunk(product, ring + at.stage * s.stage_bytes + (part * groups + group) * 2048,
+          multiply_chunk(product, ring + at.stage * s.stage_bytes + (in_stage * groups + group) * 2048,
                          h + h_chunk * p.num_tokens * 128, p.num_tokens - 1);
           const float w_s = __shfl_sync(~0u, scales, step);
 #pragma unroll
@@ -192,22 +208,24 @@ __global__ void __launch_bounds__(kDecodeGemm2Threads, 1)
     if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p);
     return;
   }
-  if (warp == kDecodeWarps) fixed.rows.build(p.slots, p.weights, true, p.num_tokens, p.top_k);
-  // Arrivals: all threads but the producer's warp. Publishes the rows.
+  if (warp == kDecodeWarps) fixed.active.build(p.slots, p.weights, true, p.num_tokens, p.top_k);
+  // Arrivals: all threads but the producer's warp. Publishes experts and tokens.
   named_barrier_sync(kReadyBarrier, kProducerThread);
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   const uint32_t h = smem_address(memory + layout.h);
   float* h_scale = reinterpret_cast<float*>(memory + layout.h_scale);
-  if (warp < kDecodeWarps)
+  if (warp < kDecodeWarps) {
+    // NOTE: what is computed here depends on h, which the loaders read after GEMM1: no wait of its own is needed.
     multiply<kTokenTiles>(fixed, smem_address(memory), h, h_scale, reinterpret_cast<float*>(memory + layout.partial),
                           p);
-  else
+  } else {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     load_h<kTokenTiles>(fixed, h, h_scale, p, warp - kDecodeWarps);
+  }
 }
 
 }  // namespace
 
-DecodeGemm2Kernel FindDecodeGemm2(int token_tiles) { return token_tiles == 1 ? decode_gemm2<1> : decode_gemm2<2>; }
+DecodeGemm2Kernel FindDecodeGemm2() { return decode_gemm2<kMaxDecodeTokens / 8>; }
 
 }  // namespace jax_moe::cuda

@@ -1,5 +1,5 @@
 // Decode: a call of few tokens as two kernels that do little but read weights. Weight rows are the M side of the matrix
-// product and all tokens its N side (8 or 16 columns), so weights read once serve every token that needs them. They
+// product and all tokens its N side (8 columns), so weights read once serve every token that needs them. They
 // come through a ring of TMA boxes; e4m3 codes are widened to f16, which is exact, and summed in float32.
 //   decode_gemm1: tiles of 16 up and 16 gate rows (or 32 rows), all of K; h = activation, float32, a row a slot.
 //   decode_gemm2: slices of output columns; quantises h 1x128 as it comes, sums over the experts, writes the output.
@@ -36,14 +36,14 @@ struct DecodeGemm1Parameters {
   int num_tiles;     // of an expert
   bool shuffled;
   ActivationChoice activation;
-  float* h;  // [rows, I], rows as in ActiveRows
+  float* h;  // [T * K, I], rows as ActiveTokens::slot has them
 };
 
 struct DecodeGemm2Parameters {
   SlotExperts slots;
   SlotWeights weights;
   int num_tokens, top_k;
-  const float* h;  // [rows, I], rows as in ActiveRows
+  const float* h;  // [T * K, I], rows as ActiveTokens::slot has them
   WeightStream stream;
   int hidden;      // H
   int slice_rows;  // of weights, 16 to 128: columns of the output
@@ -64,17 +64,23 @@ struct RingCursor {
   }
 };
 
+// A stage's K blocks are dealt out to `parts` warps that share rows, from warp `turn` on, so that a warp without one in
+// this stage has one in the next. The K block, within the stage at `step`, of warp `part`; it may be none of the
+// stage's.
+DEVICE int chunk_in_stage(int parts, int part, int turn, int step, const WeightStream& stream) {
+  return (part - turn - step * stream.chunks) & (parts - 1);
+}
+
 // A warp's scales of the K blocks it multiplies: lane s holds that of step s. Read a tile ahead of their use.
-DEVICE float load_step_scales(const WeightStream& stream, int expert, int row, int first_chunk) {
-  const int chunk = threadIdx.x % 32 * stream.chunks + first_chunk;
-  if (chunk >= stream.k_blocks) return 0.f;
+DEVICE float load_step_scales(const WeightStream& stream, int expert, int row, int parts, int part, int turn) {
+  const int step = threadIdx.x % 32, chunk = step * stream.chunks + chunk_in_stage(parts, part, turn, step, stream);
+  if (step >= stream.steps || chunk >= stream.k_blocks) return 0.f;
   return __ldg(stream.scale + (int64_t(expert) * (stream.rows / 128) + row / 128) * stream.k_blocks + chunk);
 }
 
 using DecodeGemm1Kernel = void (*)(CUtensorMap, DecodeGemm1Parameters);
 using DecodeGemm2Kernel = void (*)(CUtensorMap, DecodeGemm2Parameters);
-// The kernels for 8 or 16 tokens (token_tiles 1, 2).
-DecodeGemm1Kernel FindDecodeGemm1(int token_tiles);
-DecodeGemm2Kernel FindDecodeGemm2(int token_tiles);
+DecodeGemm1Kernel FindDecodeGemm1();
+DecodeGemm2Kernel FindDecodeGemm2();
 
 }  // namespace jax_moe::cuda
