@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "machine.h"
+#include "overlap.h"
 
 namespace emulation {
 namespace {
@@ -84,6 +85,7 @@ void land(CpAsync& copy) {
 void retire(std::vector<CpAsync>& group) {
   for (CpAsync& copy : group) {
     land(copy);
+    end_late_write(copy.smem, 16);
     note_ordinary_write(*current, copy.smem, 16);
   }
 }
@@ -126,14 +128,20 @@ void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int rank, int x, i
   if (int64_t(x) * m.element_bytes % 16) fail("a bulk copy from element %d of a row, which is misaligned", x);
   shared_views(smem, m.box_bytes(), "bulk copy");
   check_write(smem, m.box_bytes());
-  loads.push_back({smem, barrier, m, x, y, z, this_moment()});
+  const TensorLoad load{smem, barrier, m, x, y, z, this_moment()};
+  const Columns inside = columns_inside(load);
+  for (uint32_t r = 0; r < m.box[1] * m.box[2]; ++r)
+    if (const uint8_t* row = row_inside(load, r); row && inside.end > inside.first)
+      check_global_read(row + inside.first * m.element_bytes, uint32_t(inside.end - inside.first) * m.element_bytes);
+  loads.push_back(load);
 }
 
 void queue_cp_async(uint32_t smem, const void* global) {
   if (smem % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail("cp.async from %p to %#x is misaligned", global, smem);
   shared_views(smem, 16, "cp.async");
-  check_write(smem, 16);
+  begin_late_write(smem, 16);
+  check_global_read(global, 16);
   CpAsync copy{smem, global, false};
   if (random_below(2)) land(copy);
   groups().back().push_back(copy);

@@ -1,8 +1,8 @@
 // What e4m3 and f16 codes mean, by table.
 #pragma once
+#include <array>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 namespace emulation {
 
@@ -23,22 +23,17 @@ inline float decode_float(uint32_t code, int exponent_bits, int mantissa_bits, b
   return code >> (exponent_bits + mantissa_bits) & 1 ? -magnitude : magnitude;
 }
 
-inline float from_e4m3(uint8_t code) {
-  static const std::vector<float> values = [] {
-    std::vector<float> all;
-    for (uint32_t c = 0; c < 256; ++c) all.push_back(decode_float(c, 4, 3, false));
-    return all;
-  }();
-  return values[code];
+template <size_t kCodes>
+std::array<float, kCodes> decode_all(int exponent_bits, int mantissa_bits, bool has_infinity) {
+  std::array<float, kCodes> values;
+  for (uint32_t code = 0; code < kCodes; ++code)
+    values[code] = decode_float(code, exponent_bits, mantissa_bits, has_infinity);
+  return values;
 }
-inline float from_f16(uint16_t code) {
-  static const std::vector<float> values = [] {
-    std::vector<float> all;
-    for (uint32_t c = 0; c < 65536; ++c) all.push_back(decode_float(c, 5, 10, true));
-    return all;
-  }();
-  return values[code];
-}
+inline const std::array<float, 1 << 8> kE4m3Values = decode_all<1 << 8>(4, 3, false);
+inline const std::array<float, 1 << 16> kF16Values = decode_all<1 << 16>(5, 10, true);
+inline float from_e4m3(uint8_t code) { return kE4m3Values[code]; }
+inline float from_f16(uint16_t code) { return kF16Values[code]; }
 
 // Exact; every NaN becomes 0x7FFF.
 inline uint16_t e4m3_to_f16(uint8_t code) {
