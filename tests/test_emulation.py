@@ -59,6 +59,7 @@ WRONG = {
     "stack_overflow": "the stack of thread",
     "shared_memory_not_asked_for": "cudaFuncSetAttribute",
     "too_many_registers": "67584 registers",
+    "registers_of_one_warp": "thread 224 has asked for 40 registers, thread 128 of its warpgroup for 0",
     "no_proxy_fence": "no fence_proxy_async",
     "no_cp_async_wait": "a cp.async of thread .*has not waited",
     "no_wgmma_fence": r"without a wgmma_fence\(\)",

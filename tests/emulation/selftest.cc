@@ -253,6 +253,14 @@ std::string SharedMemoryNotAskedFor() {
 std::string TooManyRegisters() {
   return Launch(384, 0, +[](int) { raise_registers<176>(); }, 0);
 }
+std::string RegistersOfOneWarp() {
+  return Launch(
+      256, 0,
+      +[](int) {
+        if (threadIdx.x >= 224) reduce_registers<40>();
+      },
+      0);
+}
 
 const std::map<std::string, std::string (*)()>& Tests() {
   static std::map<std::string, std::string (*)()> tests = [] {
@@ -283,6 +291,7 @@ const std::map<std::string, std::string (*)()>& Tests() {
         {"stack_overflow", StackOverflow},
         {"shared_memory_not_asked_for", SharedMemoryNotAskedFor},
         {"too_many_registers", TooManyRegisters},
+        {"registers_of_one_warp", RegistersOfOneWarp},
     };
     for (const auto* more : {&MultiplyTests(), &DecodeTests(), &OverlapTests()}) all.insert(more->begin(), more->end());
     return all;

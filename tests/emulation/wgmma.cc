@@ -139,6 +139,10 @@ void check_wgmma() {
   for (int i = 0; i < threads; ++i) registers += thread(i).registers ? thread(i).registers : at_launch;
   if (registers > at_launch * threads)
     fail("setmaxnreg gives the CTA %d registers, it was launched with %d", registers, at_launch * threads);
+  for (int i = 0; i < threads; ++i)
+    if (thread(i).registers != thread(i / 128 * 128).registers)
+      fail("setmaxnreg: thread %d has asked for %d registers, thread %d of its warpgroup for %d", i,
+           thread(i).registers, i / 128 * 128, thread(i / 128 * 128).registers);
   for (const Warpgroup& group : warpgroups)
     for (const size_t executed : group.executed)
       if (executed != group.issued.size())
