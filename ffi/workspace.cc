@@ -66,7 +66,11 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
                                        : static_cast<int32_t*>(buffers.expanded_idx_to_permuted_idx.data);
   w.y2 = p.do_finalize ? carve.Take<uint16_t>({0, p.top_k * p.hidden_size})
                        : static_cast<uint16_t*>(buffers.gemm2_output.data);
-  if (MayDecode(p)) w.decode_h = carve.Take<float>({kMaxDecodeSlots * p.intermediate_size, 0});
+  if (MayDecode(p)) {
+    w.decode_h = carve.Take<float>({kMaxDecodeSlots * p.intermediate_size, 0});
+    w.decode_codes = carve.Take<uint8_t>({kMaxDecodeSlots * p.intermediate_size, 0});
+    w.decode_scales = carve.Take<float>({kMaxDecodeSlots * ((i_blocks + 3) / 4 * 4), 0});
+  }
   w.size = carve.size();
   return w;
 }

@@ -56,8 +56,20 @@ Status DecodeGemm1(const Call& c) {
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.activation = c.activation();
   p.h = c.workspace.decode_h;
-  return LaunchDecode("decode_gemm1", FindDecodeGemm1(), d.gemm1.grid, kDecodeGemm1Threads, d.gemm1.shared_bytes,
-                      d.overlap_previous, c, map, p);
+  s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles), d.gemm1.grid, kDecodeThreads, d.gemm1.shared_bytes,
+                   d.overlap_previous, c, map, p);
+  if (!s.ok()) return s;
+  DecodeQuantizeParameters q{};
+  q.slots = p.slots;
+  q.num_slots = int(c.p.expanded_rows());
+  q.top_k = p.top_k;
+  q.k_blocks = int(c.p.intermediate_size / kScaleBlock);
+  q.h = p.h;
+  q.codes = c.workspace.decode_codes;
+  q.scales = c.workspace.decode_scales;
+  const unsigned warps = unsigned(q.num_slots * q.k_blocks), per_cta = kDecodeQuantizeThreads / 32;
+  return Launch("decode_quantize", decode_quantize,
+                {(warps + per_cta - 1) / per_cta, kDecodeQuantizeThreads, 0, 0, true}, c.stream, q);
 }
 
 Status DecodeGemm2(const Call& c) {
@@ -71,14 +83,15 @@ Status DecodeGemm2(const Call& c) {
   p.weights = c.slot_weights();
   p.num_tokens = int(c.p.num_tokens);
   p.top_k = int(c.p.top_k);
-  p.h = c.workspace.decode_h;
+  p.h = c.workspace.decode_codes;
+  p.h_scale = c.workspace.decode_scales;
   p.hidden = int(c.p.hidden_size);
   p.slice_rows = d.slice_columns;
   p.h_buffers = d.h_buffers;
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.output = static_cast<uint16_t*>(c.buffers.output.data);
-  return LaunchDecode("decode_gemm2", FindDecodeGemm2(), d.gemm2.grid, kDecodeGemm2Threads, d.gemm2.shared_bytes, true,
-                      c, map, p);
+  return LaunchDecode("decode_gemm2", FindDecodeGemm2(d.token_tiles), d.gemm2.grid, kDecodeThreads,
+                      d.gemm2.shared_bytes, true, c, map, p);
 }
 
 }  // namespace jax_moe::cuda

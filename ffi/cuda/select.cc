@@ -16,24 +16,26 @@ constexpr int64_t kSingleRouteRounds = 4;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A stage holds as many K blocks as its warps multiply at once, fewer where that leaves no stage half empty. The ring
-// takes what shared memory is left, up to 192 KiB; under 64 KiB in flight an SM reads visibly slower.
-constexpr int kRingBytes = 192 * 1024, kLeastRingBytes = 64 * 1024;
+// Bytes in flight an SM: under 64 KiB the memory is read visibly slower; far more only make everything else that is
+// read, tokens, scales and h, wait behind weights. Stages of 16 KiB, where K and the rows allow.
+constexpr int kRingBytes = 96 * 1024, kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
 // NOTE: a CTA asks for more than half an SM's shared memory, else two CTAs of a kernel that starts early share an SM.
 constexpr int kMoreThanHalf = 120 * 1024;
 
-bool FitTile(int64_t k, int most_chunks, int rows, int other_bytes, DecodeTile* tile) {
+// `rows` of a stage are multiplied by `parts` warps that take K blocks in turn.
+bool FitTile(int64_t k, int rows, int parts, int other_bytes, DecodeTile* tile) {
   const int k_blocks = int(k / kScaleBlock);
+  const int most_chunks = std::clamp(kStageBytes / (rows * int(kScaleBlock)), 1, parts);
   tile->steps = int(CeilDiv(k_blocks, most_chunks));
   tile->chunks = int(CeilDiv(k_blocks, tile->steps));
   tile->stage_bytes = rows * tile->chunks * int(kScaleBlock);
   const int room = std::min(kRingBytes, kMaxSharedBytes - other_bytes);
   tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages);
   tile->shared_bytes = std::max(tile->stages * tile->stage_bytes + other_bytes, kMoreThanHalf);
-  return room >= kLeastRingBytes && tile->stages >= 2 && tile->steps <= kMaxDecodeSteps;
+  return room >= kLeastRingBytes && tile->steps <= kMaxDecodeSteps;
 }
 
-// Up to 8 tokens: the weights of the active experts are all that matters, and reading them once at full rate is what
+// A few tokens: the weights of the active experts are all that matters, and reading them once at full rate is what
 // the decode kernels do. Tiles of gemm1 are as small as a product instruction allows, so that even one expert occupies
 // all SMs. gemm2 takes the widest slice that still gives two thirds of the SMs one each: that many read at full rate,
 // and every slice reads all of h.
@@ -52,8 +54,8 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles).bytes);
   d.h_buffers = std::clamp(64 * 1024 / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);
   const int gemm2_other = gemm2_bytes(d.h_buffers);
-  d.used = FitTile(p.hidden_size, kDecodeWarps / 2, kDecodeGemm1Rows, gemm1_other, &d.gemm1) &&
-           FitTile(p.intermediate_size, kDecodeWarps / (d.slice_columns / 16), d.slice_columns, gemm2_other, &d.gemm2);
+  d.used = FitTile(p.hidden_size, kDecodeGemm1Rows, kDecodeWarps / 2, gemm1_other, &d.gemm1) &&
+           FitTile(p.intermediate_size, d.slice_columns, kDecodeWarps / (d.slice_columns / 16), gemm2_other, &d.gemm2);
 
   const int64_t most_tiles = std::min(p.expanded_rows(), p.local_num_experts) * (p.gemm1_rows() / kDecodeGemm1Rows);
   d.gemm1.grid = int(std::min<int64_t>(num_sms, most_tiles));

@@ -136,6 +136,18 @@ void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int rank, int x, i
   loads.push_back(load);
 }
 
+// As a box of one row.
+void queue_bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
+  if (smem % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16)
+    fail("a bulk copy of %u bytes from %p to %#x is misaligned", bytes, global, smem);
+  shared_views(smem, bytes, "bulk copy");
+  check_write(smem, bytes);
+  check_global_read(global, bytes);
+  const TensorMap row{kMagic, static_cast<const uint8_t*>(global), {bytes, 1, 1}, {bytes, bytes}, {bytes, 1, 1}, 2, 1,
+                      0};
+  loads.push_back({smem, barrier, row, 0, 0, 0, this_moment()});
+}
+
 void queue_cp_async(uint32_t smem, const void* global) {
   if (smem % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail("cp.async from %p to %#x is misaligned", global, smem);

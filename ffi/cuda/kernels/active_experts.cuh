@@ -29,7 +29,7 @@ struct ActiveExperts {
   int32_t before[kMaxDecodeExperts / 32];  // bits in the words before
 
   // By one whole warp; published to that warp. ranks[r] = place in `expert` of the expert of this lane's slots, or -1.
-  DEVICE void build(const int (&experts)[kSlotsPerLane], int num_slots, int (&ranks)[kSlotsPerLane]) {
+  DEVICE void build(const int (&experts)[kSlotsPerLane], int (&ranks)[kSlotsPerLane]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int w = 0; w < kWordsPerLane; ++w) named[lane * kWordsPerLane + w] = 0;
@@ -77,7 +77,7 @@ struct ActiveTokens {
   int16_t slot[kMaxDecodeSlots][kMaxDecodeTokens];  // of an expert and a token that names it: the first such slot
   float weight[kMaxDecodeSlots];                    // of that slot: the sum over the token's slots that name the expert
 
-  DEVICE bool names(int a, int token) const { return tokens[a] >> token & 1; }
+  DEVICE bool names(int a, int token) const { return tokens[a] >> token & 1; }  // token < 32
 
   // By one whole warp; published to that warp. Without `with_weights`, `weight` is left alone.
   DEVICE void build(const SlotExperts& slots, const SlotWeights& weights, bool with_weights, int num_tokens,
@@ -89,7 +89,7 @@ struct ActiveTokens {
 #pragma unroll
     for (int r = 0; r < kSlotsPerLane; ++r)
       slot_weight[r] = with_weights && lane + 32 * r < num_slots ? weights.at(lane + 32 * r) : 0.f;
-    experts.build(expert, num_slots, ranks);
+    experts.build(expert, ranks);
 #pragma unroll
     for (int r = 0; r < kSlotsPerLane; ++r) tokens[lane + 32 * r] = 0;
     __syncwarp();

@@ -9,7 +9,8 @@ namespace jax_moe::cuda {
 
 // product[t] = the rows times tokens 8 t + ..., as mma_m16n8k16_f16 leaves it. Tokens past `last_token` repeat it.
 template <int kTokenTiles>
-DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int last_token) {
+DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int pitch,
+                           int last_token) {
   const int lane = threadIdx.x % 32;
   const int row = lane % 16, row_piece = lane / 16;  // matrices: rows 0-7 and 8-15 of a piece, then of the next one
   const int token_piece = lane / 8;                  // matrices: four pieces
@@ -26,7 +27,7 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
     for (int t = 0; t < kTokenTiles; ++t) {
       const int token = min(8 * t + lane % 8, last_token);
       uint32_t codes[4];
-      load_matrix_x4(codes, tokens + token * 128 + (((4 * half + token_piece) ^ (token & 7)) << 4));
+      load_matrix_x4(codes, tokens + token * pitch + (4 * half + token_piece) * 16);
 #pragma unroll
       for (int i = 0; i < 4; ++i) e4m3x4_to_f16x4(codes[i], b[t][i][0], b[t][i][1]);
     }

@@ -46,50 +46,70 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
   }
 }
 
-// All tokens to e4m3 [k_blocks][T][128], swizzled, with their scales, by the math warps. 16 lanes a block of 128.
-template <int kTokenTiles>
-DEVICE void quantize_tokens(const DecodeGemm1Parameters& p, uint32_t x, float* x_scale) {
-  constexpr int kInFlight = 4, kBlocksPerRound = kDecodeMathThreads / 16;
-  const int k_blocks = p.stream.k_blocks, num_blocks = p.num_tokens * k_blocks;
-  const int piece = threadIdx.x % 16;
-  const uint4* from = static_cast<const uint4*>(p.x) + piece;
-  for (int base = threadIdx.x / 32 * 2; base < num_blocks; base += kInFlight * kBlocksPerRound) {
-    const int first = base + threadIdx.x % 32 / 16;
-    uint4 v[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int block = first + i * kBlocksPerRound;
-      v[i] = block < num_blocks ? __ldg(from + int64_t(block) * 16) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (base + i * kBlocksPerRound >= num_blocks) break;
-      const int block = first + i * kBlocksPerRound;
-      float scale;
-      const uint2 codes = quantize_bf16(v[i], scale);
-      if (block >= num_blocks) continue;
-      const int token = block / k_blocks, chunk = block - token * k_blocks;
-      store_shared_v2(x + (chunk * p.num_tokens + token) * 128 + ((piece / 2 ^ (token & 7)) << 4) + piece % 2 * 8,
-                      codes);
-      if (piece == 0) x_scale[chunk * kTokenTiles * 8 + token] = scale;
-    }
+// The call's tokens on their way into shared memory, in 16-byte pieces, by the math threads.
+// NOTE: the first pieces are asked for before anything else: behind the weights they would wait for a whole ring of
+// them.
+class TokenLoader {
+ public:
+  DEVICE TokenLoader(const DecodeGemm1Parameters& p, uint32_t codes, float* scales)
+      : p_(p), codes_(codes), scales_(scales), per_token_(p.stream.k_blocks * (p.x_is_bf16 ? 16 : 8)) {
+    load(threadIdx.x);
+    if (p.x_is_bf16) return;
+    if (int(threadIdx.x) < p.num_tokens * p.stream.k_blocks) first_scale_ = given_scale(threadIdx.x);
   }
-}
 
-// The same for tokens that are e4m3 already.
-template <int kTokenTiles>
-DEVICE void copy_tokens(const DecodeGemm1Parameters& p, uint32_t x, float* x_scale) {
-  const int k_blocks = p.stream.k_blocks;
-  for (int i = threadIdx.x; i < p.num_tokens * k_blocks * 8; i += kDecodeMathThreads) {
-    const int token = i / (k_blocks * 8), piece = i - token * k_blocks * 8, chunk = piece / 8;
-    store_shared_v4(x + (chunk * p.num_tokens + token) * 128 + ((piece % 8 ^ (token & 7)) << 4),
-                    __ldg(static_cast<const uint4*>(p.x) + i));
+  // To e4m3 rows of token_pitch bytes, and their scales.
+  DEVICE void finish() {
+    const int count = p_.num_tokens * per_token_;
+    // Whole warps stay together: 16 lanes make a block of 128.
+    for (int first = threadIdx.x; first - int(threadIdx.x % 32) < count; first += kInFlight * kDecodeMathThreads) {
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) store(first + i * kDecodeMathThreads, v_[i], count);
+      load(first + kInFlight * kDecodeMathThreads);
+    }
+    if (p_.x_is_bf16) return;
+    for (int i = threadIdx.x; i < p_.num_tokens * p_.stream.k_blocks; i += kDecodeMathThreads)
+      scales_[i / p_.stream.k_blocks * scale_pitch(p_.stream.k_blocks) + i % p_.stream.k_blocks] =
+          i < kDecodeMathThreads ? first_scale_ : given_scale(i);
   }
-  for (int i = threadIdx.x; i < p.num_tokens * k_blocks; i += kDecodeMathThreads) {
-    const int token = i / k_blocks, chunk = i - token * k_blocks;
-    x_scale[chunk * kTokenTiles * 8 + token] = __ldg(p.x_scale + chunk * p.block_stride + token * p.token_stride);
+
+ private:
+  static constexpr int kInFlight = 4;
+
+  DEVICE void load(int first) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int piece = first + i * kDecodeMathThreads;
+      v_[i] =
+          piece < p_.num_tokens * per_token_ ? __ldg(static_cast<const uint4*>(p_.x) + piece) : make_uint4(0, 0, 0, 0);
+    }
   }
-}
+  DEVICE float given_scale(int i) const {
+    const int token = i / p_.stream.k_blocks, chunk = i - token * p_.stream.k_blocks;
+    return __ldg(p_.x_scale + chunk * p_.block_stride + token * p_.token_stride);
+  }
+  DEVICE void store(int piece, const uint4& v, int count) {
+    if (piece - int(threadIdx.x % 32) >= count) return;
+    const int token = piece / per_token_, in_token = piece - token * per_token_;
+    const uint32_t row = codes_ + token * token_pitch(p_.stream.k_blocks);
+    if (!p_.x_is_bf16) {
+      if (piece < count) store_shared_v4(row + in_token * 16, v);
+      return;
+    }
+    float scale;
+    const uint2 codes = quantize_bf16(v, scale);
+    if (piece >= count) return;
+    store_shared_v2(row + in_token * 8, codes);
+    if (in_token % 16 == 0) scales_[token * scale_pitch(p_.stream.k_blocks) + in_token / 16] = scale;
+  }
+
+  const DecodeGemm1Parameters& p_;
+  uint32_t codes_;
+  float* scales_;
+  int per_token_;
+  uint4 v_[kInFlight];
+  float first_scale_ = 0.f;
+};
 
 // Sums the warps' parts of a tile in their order, applies the activation and stores h.
 template <int kTokenTiles>
@@ -123,39 +143,46 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
                      const DecodeGemm1Parameters& p, bool gated) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp % 2, part = warp / 2;
+  TokenLoader tokens(p, x, x_scale);
+  // Arrivals: all math threads and the producer's warp. Publishes the experts.
+  named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
   const ActiveExperts& experts = fixed.experts;
   const int num_tiles = experts.count * p.num_tiles;
   RingCursor at;
   float scales, next_scales = 0.f;
-  const auto load_scales = [&](int t) {
+  int turn = 0;  // of the warps: see chunk_in_stage
+  const auto load_scales = [&](int t, int its_turn) {
     const Tile tile = tile_at(p, experts, t, gated);
-    next_scales = load_step_scales(s, tile.expert, group == 0 ? tile.first : tile.second, kParts, part, 0);
+    next_scales = load_step_scales(s, tile.expert, group == 0 ? tile.first : tile.second, kParts, part, its_turn);
   };
-  if (int(blockIdx.x) < num_tiles) load_scales(blockIdx.x);
-  if (p.x_is_bf16)
-    quantize_tokens<kTokenTiles>(p, x, x_scale);
-  else
-    copy_tokens<kTokenTiles>(p, x, x_scale);
+  if (int(blockIdx.x) < num_tiles) load_scales(blockIdx.x, 0);
+  tokens.finish();
   // Arrivals: all math threads and the warp that lists the tokens. Publishes both.
   named_barrier_sync(kTokensBarrier, kDecodeMathThreads + 32);
+  const float* token_scale[kTokenTiles][2];  // of this thread's two columns of a tile
+#pragma unroll
+  for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      token_scale[n][i] = x_scale + min(n * 8 + lane % 4 * 2 + i, p.num_tokens - 1) * scale_pitch(s.k_blocks);
+  }
   int buffer = 0;
-  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, buffer ^= 1) {
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, buffer ^= 1, turn += s.k_blocks) {
     scales = next_scales;
-    if (t + int(gridDim.x) < num_tiles) load_scales(t + gridDim.x);
+    if (t + int(gridDim.x) < num_tiles) load_scales(t + gridDim.x, turn + s.k_blocks);
     float sums[kTokenTiles][4] = {};
     for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
-      const int in_stage = chunk_in_stage(kParts, part, 0, step, s), chunk = step * s.chunks + in_stage;
+      const int in_stage = chunk_in_stage(kParts, part, turn, step, s), chunk = step * s.chunks + in_stage;
       fixed.ring.wait_full(at);
       if (in_stage < s.chunks && chunk < s.k_blocks) {
         float product[kTokenTiles][4];
-        multiply_chunk(product, ring + at.stage * s.stage_bytes + (group * s.chunks + in_stage) * 2048,
-                       x + chunk * p.num_tokens * 128, p.num_tokens - 1);
+        multiply_chunk(product, ring + at.stage * s.stage_bytes + (group * s.chunks + in_stage) * 2048, x + chunk * 128,
+                       token_pitch(s.k_blocks), p.num_tokens - 1);
         const float scale = __shfl_sync(~0u, scales, step);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
-          const float2 t_s = *reinterpret_cast<const float2*>(x_scale + (chunk * kTokenTiles + n) * 8 + lane % 4 * 2);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[n][i] += scale * (i % 2 ? t_s.y : t_s.x) * product[n][i];
+          for (int i = 0; i < 4; ++i) sums[n][i] += scale * token_scale[n][i % 2][chunk] * product[n][i];
         }
       }
       __syncwarp();
@@ -173,13 +200,13 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
 }
 
 template <int kTokenTiles>
-__global__ void __launch_bounds__(kDecodeGemm1Threads, 1)
+__global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_gemm1(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm1Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
   const DecodeGemm1Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, kTokenTiles);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const bool gated = p.stream.rows != p.intermediate;
-  const int num_slots = p.num_tokens * p.top_k, warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
     fixed.ring.initialize(1, kDecodeWarps);
@@ -189,16 +216,14 @@ __global__ void __launch_bounds__(kDecodeGemm1Threads, 1)
   let_next_kernel_start();  // NOTE: after the wait, so that what came before this kernel is complete for the next one
   if (warp == kProducerThread / 32) {
     int expert[kSlotsPerLane], ranks[kSlotsPerLane];
-    load_slot_experts(p.slots, num_slots, expert);
-    fixed.experts.build(expert, num_slots, ranks);
+    load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
+    fixed.experts.build(expert, ranks);
     named_barrier_arrive(kExpertsBarrier, kDecodeMathThreads + 32);
     if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p, gated);
   } else if (warp == kListThread / 32) {
     fixed.active.build(p.slots, {}, false, p.num_tokens, p.top_k);
     named_barrier_arrive(kTokensBarrier, kDecodeMathThreads + 32);
   } else {
-    // Arrivals: all math threads and the producer's warp. Publishes the experts.
-    named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
     multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.x),
                           reinterpret_cast<float*>(memory + layout.x_scale),
                           reinterpret_cast<float*>(memory + layout.partial), p, gated);
@@ -207,6 +232,6 @@ __global__ void __launch_bounds__(kDecodeGemm1Threads, 1)
 
 }  // namespace
 
-DecodeGemm1Kernel FindDecodeGemm1() { return decode_gemm1<kMaxDecodeTokens / 8>; }
+DecodeGemm1Kernel FindDecodeGemm1(int token_tiles) { return token_tiles == 1 ? decode_gemm1<1> : decode_gemm1<2>; }
 
 }  // namespace jax_moe::cuda

@@ -1,6 +1,6 @@
 // GEMM2 of a small call. A CTA owns a slice of the output's columns and walks all active experts: one warp streams
-// their weights, from before GEMM1's end on, seven quantise h, sixteen multiply and keep the weighted sum over experts
-// in registers, so that no row of a single expert is ever stored. Experts are summed in ascending order.
+// their weights, from before GEMM1's end on, one their rows of h; sixteen multiply and keep the weighted sum over
+// experts in registers, so that no row of a single expert is ever stored. Experts are summed in ascending order.
 #include "decode_fragment.cuh"
 #include "decode_gemm_sm90.cuh"
 #include "fp8.cuh"
@@ -9,13 +9,12 @@ namespace jax_moe::cuda {
 namespace {
 
 constexpr int kReadyBarrier = 1, kMathBarrier = 2;
-constexpr int kProducerThread = kDecodeMathThreads + kLoaderWarps * 32;
-constexpr int kLoadsInFlight = 4;  // of 128 values, a loader warp
+constexpr int kProducerThread = kDecodeMathThreads, kRowsThread = kDecodeMathThreads + 32;
 
 struct Fixed {
   PipelineBarriers<kMaxRingStages> ring;
-  PipelineBarriers<kMaxHBuffers> h;  // full: every loader warp; empty: every math warp
-  ActiveExperts experts;             // the producer's
+  PipelineBarriers<kMaxHBuffers> h;
+  ActiveExperts experts;  // the producer's
   ActiveTokens active;
 };
 static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
@@ -38,68 +37,24 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
   }
 }
 
-// The rows of h, expert by expert, to e4m3 [k_blocks][T][128], swizzled, with their scales. Blocks of 128 are dealt out
-// to the loader warps; each walks all experts, so that buffers are filled and freed in order.
-template <int kTokenTiles>
-DEVICE void load_h(Fixed& fixed, uint32_t h, float* h_scale, const DecodeGemm2Parameters& p, int warp) {
-  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, count = fixed.active.experts.count;
+// The rows of h and their scales, expert by expert, by one warp: a lane a token.
+DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGemm2Parameters& p) {
+  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, scale_bytes = scale_pitch(k_blocks) * 4;
+  const ActiveTokens& active = fixed.active;
   RingCursor at;
-  for (int slice = blockIdx.x * p.slice_rows; slice < p.hidden; slice += gridDim.x * p.slice_rows) {
-    // Two walks over the warp's blocks: one that loads, kLoadsInFlight blocks ahead, and one that quantises.
-    struct Walk {
-      int a = 0, row = 0, chunk;  // expert, the token's place among those that name it, K block
-      uint32_t rest = 0;          // tokens of the expert from `row` on
-    };
-    const auto settle = [&](Walk& walk, auto&& leave) {  // carries chunk over into rows and experts
-      while (walk.a < count && walk.chunk >= k_blocks) {
-        walk.chunk -= k_blocks;
-        walk.rest &= walk.rest - 1;
-        while (walk.rest == 0) {
-          leave(walk.a);
-          if (++walk.a == count) return;
-          walk.rest = fixed.active.tokens[walk.a];
-        }
-      }
-    };
-    Walk ahead, behind;
-    ahead.chunk = behind.chunk = warp;
-    if (count > 0) ahead.rest = behind.rest = fixed.active.tokens[0];
-    uint4 v[kLoadsInFlight];
-    const auto load = [&](uint4& to) {
-      settle(ahead, [](int) {});
-      if (ahead.a == count) return;
-      const int slot = fixed.active.slot[ahead.a][__ffs(ahead.rest) - 1];
-      to = load_fresh_v4(p.h + (int64_t(slot) * k_blocks + ahead.chunk) * 128 + lane * 4);
-      ahead.chunk += kLoaderWarps;
-    };
-#pragma unroll
-    for (int i = 0; i < kLoadsInFlight; ++i) load(v[i]);
-    if (count > 0) fixed.h.wait_empty(at);
-    const auto close = [&](int a) {  // hands an expert's buffer over and opens the next one
+  for (int row = blockIdx.x * p.slice_rows; row < p.hidden; row += gridDim.x * p.slice_rows) {
+    for (int a = 0; a < active.experts.count; ++a, at.advance(p.h_buffers)) {
+      fixed.h.wait_empty(at);
+      __syncwarp();  // NOTE: a lane still waiting would miss the phase that the next fill completes
+      const uint32_t full = fixed.h.full_address(at.stage);
+      if (lane == 0) mbarrier_arrive_expect(full, __popc(active.tokens[a]) * (k_blocks * 128 + scale_bytes));
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(fixed.h.full_address(at.stage));
-      at.advance(p.h_buffers);
-      if (a + 1 < count) fixed.h.wait_empty(at);
-    };
-    while (behind.a < count) {
-#pragma unroll
-      for (int i = 0; i < kLoadsInFlight; ++i) {
-        settle(behind, close);
-        if (behind.a == count) break;
-        const float x[4] = {__uint_as_float(v[i].x), __uint_as_float(v[i].y), __uint_as_float(v[i].z),
-                            __uint_as_float(v[i].w)};
-        load(v[i]);
-        float amax = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-#pragma unroll
-        for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-        const float scale = block_scale(amax), inverse = 1.f / scale;
-        const int chunk = at.stage * k_blocks + behind.chunk, token = __ffs(behind.rest) - 1;
-        store_shared_u32(h + (chunk * p.num_tokens + token) * 128 + ((lane / 4 ^ (token & 7)) << 4) + lane % 4 * 4,
-                         to_e4m3x2(x[0] * inverse, x[1] * inverse) | uint32_t(to_e4m3x2(x[2] * inverse, x[3] * inverse))
-                                                                         << 16);
-        if (lane == 0) h_scale[chunk * kTokenTiles * 8 + token] = scale;
-        behind.chunk += kLoaderWarps;
-      }
+      if (!active.names(a, lane)) continue;
+      const int slot = active.slot[a][lane];
+      bulk_load(h + at.stage * tokens_bytes(k_blocks, p.num_tokens) + lane * token_pitch(k_blocks),
+                p.h + int64_t(slot) * k_blocks * 128, k_blocks * 128, full);
+      bulk_load(h_scale + at.stage * scales_bytes(k_blocks, p.num_tokens) + lane * scale_bytes,
+                p.h_scale + slot * scale_pitch(k_blocks), scale_bytes, full);
     }
   }
 }
@@ -140,6 +95,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
       // multiplied by 0: no NaN of another token's expert gets in.
       float weight[kTokenTiles][2];
       bool routed[kTokenTiles][2];
+      const float* row_scale[kTokenTiles][2];
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
@@ -147,23 +103,25 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
           const int token = n * 8 + lane % 4 * 2 + i;
           routed[n][i] = active.names(a, token);
           weight[n][i] = routed[n][i] ? active.weight[active.slot[a][token]] : 0.f;
+          row_scale[n][i] = h_scale + h_at.stage * (scales_bytes(s.k_blocks, p.num_tokens) / 4) +
+                            min(token, p.num_tokens - 1) * scale_pitch(s.k_blocks);
         }
       }
       fixed.h.wait_full(h_at);
       for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
         const int in_stage = chunk_in_stage(parts, part, a * s.k_blocks, step, s);
-        const int chunk = step * s.chunks + in_stage, h_chunk = h_at.stage * s.k_blocks + chunk;
+        const int chunk = step * s.chunks + in_stage;
         fixed.ring.wait_full(at);
         if (in_stage < s.chunks && chunk < s.k_blocks) {
           float product[kTokenTiles][4];
           multiply_chunk(product, ring + at.stage * s.stage_bytes + (in_stage * groups + group) * 2048,
-                         h + h_chunk * p.num_tokens * 128, p.num_tokens - 1);
+                         h + h_at.stage * tokens_bytes(s.k_blocks, p.num_tokens) + chunk * 128, token_pitch(s.k_blocks),
+                         p.num_tokens - 1);
           const float w_s = __shfl_sync(~0u, scales, step);
 #pragma unroll
           for (int n = 0; n < kTokenTiles; ++n) {
-            const float2 t_s =
-                *reinterpret_cast<const float2*>(h_scale + (h_chunk * kTokenTiles + n) * 8 + lane % 4 * 2);
-            const float scale[2] = {w_s * t_s.x * weight[n][0], w_s * t_s.y * weight[n][1]};
+            const float scale[2] = {w_s * row_scale[n][0][chunk] * weight[n][0],
+                                    w_s * row_scale[n][1][chunk] * weight[n][1]};
 #pragma unroll
             for (int i = 0; i < 4; ++i)
               if (routed[n][i % 2]) sums[n][i] += scale[i % 2] * product[n][i];
@@ -186,46 +144,43 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
 }
 
 template <int kTokenTiles>
-__global__ void __launch_bounds__(kDecodeGemm2Threads, 1)
+__global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_gemm2(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm2Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
   const DecodeGemm2Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, kTokenTiles,
                                  p.h_buffers);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
-  const int num_slots = p.num_tokens * p.top_k, warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
     fixed.ring.initialize(1, kDecodeWarps);
-    fixed.h.initialize(kLoaderWarps, kDecodeWarps);
+    fixed.h.initialize(1, kDecodeWarps);
   }
   __syncthreads();
-  // NOTE: weights and ids are no kernel's of this call, and what came before GEMM1 was complete when GEMM1 let this
-  // kernel start: they may be read before the wait.
+  // NOTE: weights and ids are no kernel's of this call, and what came before GEMM1 was complete when GEMM1 let the next
+  // kernel start: they may be read before the wait. The math warps need no wait: all they compute comes from h.
   if (warp == kProducerThread / 32) {
     int expert[kSlotsPerLane], ranks[kSlotsPerLane];
-    load_slot_experts(p.slots, num_slots, expert);
-    fixed.experts.build(expert, num_slots, ranks);
+    load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
+    fixed.experts.build(expert, ranks);
     if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p);
-    return;
-  }
-  if (warp == kDecodeWarps) fixed.active.build(p.slots, p.weights, true, p.num_tokens, p.top_k);
-  // Arrivals: all threads but the producer's warp. Publishes experts and tokens.
-  named_barrier_sync(kReadyBarrier, kProducerThread);
-  const uint32_t h = smem_address(memory + layout.h);
-  float* h_scale = reinterpret_cast<float*>(memory + layout.h_scale);
-  if (warp < kDecodeWarps) {
-    // NOTE: what is computed here depends on h, which the loaders read after GEMM1: no wait of its own is needed.
-    multiply<kTokenTiles>(fixed, smem_address(memory), h, h_scale, reinterpret_cast<float*>(memory + layout.partial),
-                          p);
-  } else {
+  } else if (warp == kRowsThread / 32) {
+    fixed.active.build(p.slots, p.weights, true, p.num_tokens, p.top_k);
+    named_barrier_arrive(kReadyBarrier, kDecodeMathThreads + 32);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    load_h<kTokenTiles>(fixed, h, h_scale, p, warp - kDecodeWarps);
+    load_rows(fixed, smem_address(memory + layout.h), smem_address(memory + layout.h_scale), p);
+  } else {
+    // Arrivals: all math threads and the warp above. Publishes experts and tokens.
+    named_barrier_sync(kReadyBarrier, kDecodeMathThreads + 32);
+    multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.h),
+                          reinterpret_cast<const float*>(memory + layout.h_scale),
+                          reinterpret_cast<float*>(memory + layout.partial), p);
   }
 }
 
 }  // namespace
 
-DecodeGemm2Kernel FindDecodeGemm2() { return decode_gemm2<kMaxDecodeTokens / 8>; }
+DecodeGemm2Kernel FindDecodeGemm2(int token_tiles) { return token_tiles == 1 ? decode_gemm2<1> : decode_gemm2<2>; }
 
 }  // namespace jax_moe::cuda

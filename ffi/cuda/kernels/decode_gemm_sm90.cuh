@@ -1,8 +1,8 @@
-// Decode: a call of few tokens as two kernels that do little but read weights. Weight rows are the M side of the matrix
-// product and all tokens its N side (8 columns), so weights read once serve every token that needs them. They
-// come through a ring of TMA boxes; e4m3 codes are widened to f16, which is exact, and summed in float32.
+// Decode: a call of few tokens as three kernels that do little but read weights. Weight rows are the M side of the
+// matrix product and all tokens its N side, so weights read once serve every token that needs them. They come through a
+// ring of TMA boxes; e4m3 codes are widened to f16, which is exact, and summed in float32.
 //   decode_gemm1: tiles of 16 up and 16 gate rows (or 32 rows), all of K; h = activation, float32, a row a slot.
-//   decode_gemm2: slices of output columns; quantises h 1x128 as it comes, sums over the experts, writes the output.
+//   decode_quantize: h to e4m3, 1x128.  decode_gemm2: slices of output columns, summed over the experts.
 #pragma once
 #include "activation.cuh"
 #include "active_experts.cuh"
@@ -36,14 +36,24 @@ struct DecodeGemm1Parameters {
   int num_tiles;     // of an expert
   bool shuffled;
   ActivationChoice activation;
-  float* h;  // [T * K, I], rows as ActiveTokens::slot has them
+  float* h;  // [T * K, I], a row a slot
+};
+
+struct DecodeQuantizeParameters {
+  SlotExperts slots;
+  int num_slots, top_k;
+  int k_blocks;    // I / 128
+  const float* h;  // [T * K, I]
+  uint8_t* codes;  // e4m3 [T * K, I]
+  float* scales;   // [T * K, scale_pitch]
 };
 
 struct DecodeGemm2Parameters {
   SlotExperts slots;
   SlotWeights weights;
   int num_tokens, top_k;
-  const float* h;  // [T * K, I], rows as ActiveTokens::slot has them
+  const uint8_t* h;      // e4m3 [T * K, I], a row a slot
+  const float* h_scale;  // [T * K, scale_pitch]
   WeightStream stream;
   int hidden;      // H
   int slice_rows;  // of weights, 16 to 128: columns of the output
@@ -80,7 +90,10 @@ DEVICE float load_step_scales(const WeightStream& stream, int expert, int row, i
 
 using DecodeGemm1Kernel = void (*)(CUtensorMap, DecodeGemm1Parameters);
 using DecodeGemm2Kernel = void (*)(CUtensorMap, DecodeGemm2Parameters);
-DecodeGemm1Kernel FindDecodeGemm1();
-DecodeGemm2Kernel FindDecodeGemm2();
+DecodeGemm1Kernel FindDecodeGemm1(int token_tiles);  // of 8 tokens: 1 or 2
+DecodeGemm2Kernel FindDecodeGemm2(int token_tiles);
+
+inline constexpr int kDecodeQuantizeThreads = 128;  // a warp a block of 128
+__global__ void decode_quantize(const __grid_constant__ DecodeQuantizeParameters p);
 
 }  // namespace jax_moe::cuda
