@@ -29,8 +29,8 @@ Status DescribeStream(const Call& c, const Buffer& weights, const Buffer& scale,
 template <class Kernel, class Parameters>
 Status LaunchDecode(const char* name, Kernel* kernel, int grid, int threads, int shared_bytes, bool overlap,
                     const Call& c, const CUtensorMap& map, const Parameters& parameters) {
-  const LaunchShape shape{unsigned(grid), unsigned(threads), unsigned(shared_bytes), unsigned(kMaxSharedBytes),
-                          overlap};
+  const LaunchShape shape{unsigned(grid), unsigned(threads), unsigned(shared_bytes), overlap,
+                          unsigned(kMaxSharedBytes)};
   return Launch(name, kernel, shape, c.stream, map, parameters);
 }
 
@@ -68,8 +68,8 @@ Status DecodeGemm1(const Call& c) {
   q.codes = c.workspace.decode_codes;
   q.scales = c.workspace.decode_scales;
   const unsigned warps = unsigned(q.num_slots * q.k_blocks), per_cta = kDecodeQuantizeThreads / 32;
-  return Launch("decode_quantize", decode_quantize,
-                {(warps + per_cta - 1) / per_cta, kDecodeQuantizeThreads, 0, 0, true}, c.stream, q);
+  return Launch("decode_quantize", decode_quantize, {(warps + per_cta - 1) / per_cta, kDecodeQuantizeThreads, 0, true},
+                c.stream, q);
 }
 
 Status DecodeGemm2(const Call& c) {

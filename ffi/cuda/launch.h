@@ -20,10 +20,10 @@ inline Status CudaStatus(cudaError_t error, const char* what) {
 struct LaunchShape {
   unsigned grid;
   unsigned threads;
-  unsigned shared_bytes = 0;           // dynamic
-  unsigned shared_limit = 128 * 1024;  // most of it that any call of the kernel asks for
+  unsigned shared_bytes = 0;  // dynamic
   // Programmatic dependent launch: CTAs may start before the kernel before has ended, and wait for it themselves.
   bool overlap_previous = false;
+  unsigned shared_limit = 128 * 1024;  // most of it that any call of the kernel asks for
 };
 
 // Arguments are converted to the kernel's parameter types, as in a <<<>>> launch.

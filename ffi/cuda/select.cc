@@ -18,21 +18,23 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Bytes in flight an SM: under 64 KiB the memory is read visibly slower; far more only make everything else that is
 // read, tokens, scales and h, wait behind weights. Stages of 16 KiB, where K and the rows allow.
-constexpr int kRingBytes = 96 * 1024, kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
-// NOTE: a CTA asks for more than half an SM's shared memory, else two CTAs of a kernel that starts early share an SM.
+constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
+constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 64 * 1024;
+// NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
+// beside the end of an earlier kernel. gemm2 fits beside it: its CTAs, one an SM, have their first weights when gemm1
+// ends.
 constexpr int kMoreThanHalf = 120 * 1024;
 
-// `rows` of a stage are multiplied by `parts` warps that take K blocks in turn.
-bool FitTile(int64_t k, int rows, int parts, int other_bytes, DecodeTile* tile) {
+bool FitTile(int64_t k, int rows, int ring_bytes, int other_bytes, int least_shared_bytes, DecodeTile* tile) {
   const int k_blocks = int(k / kScaleBlock);
-  const int most_chunks = std::clamp(kStageBytes / (rows * int(kScaleBlock)), 1, parts);
+  const int most_chunks = std::max(kStageBytes / (rows * int(kScaleBlock)), 1);
   tile->steps = int(CeilDiv(k_blocks, most_chunks));
   tile->chunks = int(CeilDiv(k_blocks, tile->steps));
   tile->stage_bytes = rows * tile->chunks * int(kScaleBlock);
-  const int room = std::min(kRingBytes, kMaxSharedBytes - other_bytes);
+  const int room = std::min(ring_bytes, kMaxSharedBytes - other_bytes);
   tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages);
-  tile->shared_bytes = std::max(tile->stages * tile->stage_bytes + other_bytes, kMoreThanHalf);
-  return room >= kLeastRingBytes && tile->steps <= kMaxDecodeSteps;
+  tile->shared_bytes = std::max(tile->stages * tile->stage_bytes + other_bytes, least_shared_bytes);
+  return room >= kLeastRingBytes && StageShares(rows, tile->chunks).blocks_of_warp(tile->chunks, tile->steps) <= 32;
 }
 
 // A few tokens: the weights of the active experts are all that matters, and reading them once at full rate is what
@@ -52,10 +54,13 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
     return int(DecodeGemm2Layout(0, i_blocks, int(tokens), d.token_tiles, h_buffers).bytes);
   };
   const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles).bytes);
-  d.h_buffers = std::clamp(64 * 1024 / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);
+  d.h_buffers = std::clamp(24 * 1024 / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);
   const int gemm2_other = gemm2_bytes(d.h_buffers);
-  d.used = FitTile(p.hidden_size, kDecodeGemm1Rows, kDecodeWarps / 2, gemm1_other, &d.gemm1) &&
-           FitTile(p.intermediate_size, d.slice_columns, kDecodeWarps / (d.slice_columns / 16), gemm2_other, &d.gemm2);
+  d.used = FitTile(p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1) &&
+           FitTile(p.intermediate_size, d.slice_columns, kGemm2RingBytes, gemm2_other, 0, &d.gemm2);
+  if (d.gemm1.shared_bytes + d.gemm2.shared_bytes > kSharedBytesOfSm - 2 * kReservedSharedBytes)
+    d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
+  d.overlap_previous = true;
 
   const int64_t most_tiles = std::min(p.expanded_rows(), p.local_num_experts) * (p.gemm1_rows() / kDecodeGemm1Rows);
   d.gemm1.grid = int(std::min<int64_t>(num_sms, most_tiles));

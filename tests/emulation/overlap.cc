@@ -78,6 +78,7 @@ Footprint earlier, own;       // of the chain's kernels so far; of the one that 
 bool anything_ran = true;     // before the chain: its first kernel overlaps what is not known
 bool overlaps = false;        // the kernel that runs
 bool waited_for = false;      // by any of its threads
+bool let_next_start = false;  // by a thread that had not waited itself
 std::vector<Moment> waiters;  // of this CTA: what they have waited for is over for whoever comes after them
 
 // What the earlier kernels did is done and visible, as far as the current thread can know.
@@ -104,7 +105,7 @@ void begin_kernel(bool overlaps_previous) {
   own.read.clear();
   own.written.clear();
   overlaps = overlaps_previous;
-  waited_for = false;
+  waited_for = let_next_start = false;
   if (overlaps) return;
   forget_earlier_kernels();
   anything_ran = false;
@@ -112,13 +113,20 @@ void begin_kernel(bool overlaps_previous) {
 
 void begin_cta() { waiters.clear(); }
 
-// NOTE: the wait of the next kernel is for this one's end only.
+// The next kernel may start while this one runs. What came before this one is over by then, if every thread that let
+// the next one start had waited for it.
 void end_kernel() {
   if (overlaps && !waited_for)
     fail("a kernel that overlaps the ones before it ends, and no thread of it has called wait_for_previous_kernel()");
+  if (overlaps && !let_next_start) {
+    forget_earlier_kernels();
+    anything_ran = false;
+  }
   earlier.read.add(own.read);
   earlier.written.add(own.written);
 }
+
+void start_next_kernel() { let_next_start |= !earlier_kernels_ended(); }
 
 void wait_for_earlier_kernels() {
   waited_for = true;

@@ -11,6 +11,7 @@ void forget_earlier_kernels();
 void begin_kernel(bool overlaps);
 void begin_cta();
 void end_kernel();
+void start_next_kernel();  // the current thread lets it
 // Accesses of global memory by the current thread.
 void check_global_read(const void* address, uint32_t bytes);
 void check_global_write(const void* address, uint32_t bytes);

@@ -51,10 +51,7 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
   }
 }
 
-// Where row r and token t of a 16 x 8 product are in its 128 values stored lane by lane, four a lane.
-DEVICE int fragment_index(int row, int token) { return (row % 8 * 4 + token / 2) * 4 + row / 8 * 2 + token % 2; }
-
-// Shuffled weights: the stored row, of 16, that is row r.
-DEVICE int stored_row(int r, bool shuffled) { return shuffled ? r / 2 + r % 2 * 8 : r; }
+// Shuffled weights: the row of 16 that is stored as row r.
+DEVICE int plain_row(int r) { return r < 8 ? 2 * r : 2 * r - 15; }
 
 }  // namespace jax_moe::cuda

@@ -1,6 +1,6 @@
-// GEMM1 of a small call. One warp finds the active experts and streams their weights, one lists their rows; sixteen
-// quantise the tokens once, then multiply: each takes the up or the gate rows and another 128 of K of every stage, and
-// their sums meet in shared memory at a tile's end.
+// GEMM1 of a small call. One warp finds the active experts and streams their weights. Sixteen quantise the tokens once,
+// then multiply, each its share of a tile, up rows or gate rows. One lists the tokens of the experts, then adds up the
+// shares of every tile and finishes it, while the others are at the next.
 #include "decode_fragment.cuh"
 #include "decode_gemm_sm90.cuh"
 #include "fp8.cuh"
@@ -8,13 +8,13 @@
 namespace jax_moe::cuda {
 namespace {
 
-constexpr int kExpertsBarrier = 1, kTokensBarrier = 2, kMathBarrier = 3;
-constexpr int kProducerThread = kDecodeMathThreads, kListThread = kDecodeMathThreads + 32;
-constexpr int kParts = kDecodeWarps / 2;  // warps that share the rows of a group
+constexpr int kExpertsBarrier = 1, kTokensBarrier = 2;
+constexpr int kProducerThread = kDecodeMathThreads, kFinishThread = kDecodeMathThreads + 32;
 
 struct Fixed {
   PipelineBarriers<kMaxRingStages> ring;
-  ActiveExperts experts;  // the producer's
+  PipelineBarriers<kTileBuffers> sums;  // full: every math warp; empty: the finishing warp
+  ActiveExperts experts;                // the producer's
   ActiveTokens active;
 };
 static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
@@ -111,53 +111,69 @@ class TokenLoader {
   float first_scale_ = 0.f;
 };
 
-// Sums the warps' parts of a tile in their order, applies the activation and stores h.
+// By one warp: adds up the shares of every tile in the order of the warps, applies the activation and stores h.
 template <int kTokenTiles>
-DEVICE void finish_tile(const DecodeGemm1Parameters& p, const ActiveTokens& active, const Tile& tile,
-                        const float* partial) {
-  with_activation(p.activation, tile.expert, [&](const auto& function) {
-    constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
-    constexpr int kColumns = kGated ? 16 : 32;
-    for (int i = threadIdx.x; i < p.num_tokens * kColumns; i += kDecodeMathThreads) {
-      const int column = i % kColumns, token = i / kColumns;
-      if (!active.names(tile.a, token)) continue;
-      const float* from = partial + token / 8 * 128 + fragment_index(stored_row(column % 16, p.shuffled), token % 8);
-      const auto sum_of_group = [&](int group) {
-        float sum = 0.f;
+DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Parameters& p, bool gated) {
+  const int lane = threadIdx.x % 32;
+  const ActiveTokens& active = fixed.active;
+  const int num_tiles = active.experts.count * p.num_tiles;
+  PipelineCursor<kTileBuffers> at;
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, at.advance()) {
+    const Tile tile = tile_at(p, active.experts, t, gated);
+    fixed.sums.wait_full(at);
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) sum += from[(part * 2 + group) * kTokenTiles * 128];
-        return sum;
-      };
-      float result;
-      if constexpr (kGated)
-        result = function(sum_of_group(1), sum_of_group(0));
-      else
-        result = function(sum_of_group(column / 16));
-      p.h[int64_t(active.slot[tile.a][token]) * p.intermediate + tile.index * kColumns + column] = result;
+    for (int n = 0; n < kTokenTiles; ++n) {
+      float sums[2][4] = {};  // of the two groups: rows r and r + 8, tokens t and t + 1
+      const float4* from =
+          reinterpret_cast<const float4*>(partial) + (at.stage * kDecodeWarps * kTokenTiles + n) * 32 + lane;
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        const float4 v = from[w * kTokenTiles * 32];
+        float* sum = sums[w % 2];
+        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+      }
+      with_activation(p.activation, tile.expert, [&](const auto& function) {
+        constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = n * 8 + lane % 4 * 2 + i % 2;
+          if (!active.names(tile.a, token)) continue;
+          const int row = lane / 4 + i / 2 * 8;  // as stored
+          const int column = p.shuffled ? plain_row(row) : row;
+          float* to =
+              p.h + int64_t(active.slot[tile.a][token]) * p.intermediate + tile.index * (kGated ? 16 : 32) + column;
+          if constexpr (kGated) {
+            *to = function(sums[1][i], sums[0][i]);
+          } else {
+            to[0] = function(sums[0][i]);
+            to[16] = function(sums[1][i]);
+          }
+        }
+      });
     }
-  });
+    __syncwarp();
+    if (lane == 0) fixed.sums.release(at);
+  }
 }
 
 template <int kTokenTiles>
 DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, float* partial,
                      const DecodeGemm1Parameters& p, bool gated) {
   const WeightStream& s = p.stream;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp % 2, part = warp / 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const WarpShare share(s, kDecodeGemm1Rows);
   TokenLoader tokens(p, x, x_scale);
   // Arrivals: all math threads and the producer's warp. Publishes the experts.
   named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
-  const ActiveExperts& experts = fixed.experts;
-  const int num_tiles = experts.count * p.num_tiles;
-  RingCursor at;
+  const int num_tiles = fixed.experts.count * p.num_tiles;
   float scales, next_scales = 0.f;
-  int turn = 0;  // of the warps: see chunk_in_stage
-  const auto load_scales = [&](int t, int its_turn) {
-    const Tile tile = tile_at(p, experts, t, gated);
-    next_scales = load_step_scales(s, tile.expert, group == 0 ? tile.first : tile.second, kParts, part, its_turn);
+  const auto load_scales = [&](int t, int stage) {
+    const Tile tile = tile_at(p, fixed.experts, t, gated);
+    next_scales = share.load_scales(s, tile.expert, share.group() == 0 ? tile.first : tile.second, stage);
   };
   if (int(blockIdx.x) < num_tiles) load_scales(blockIdx.x, 0);
   tokens.finish();
-  // Arrivals: all math threads and the warp that lists the tokens. Publishes both.
+  // Arrivals: all math threads and the finishing warp. Publishes the tokens and who names them.
   named_barrier_sync(kTokensBarrier, kDecodeMathThreads + 32);
   const float* token_scale[kTokenTiles][2];  // of this thread's two columns of a tile
 #pragma unroll
@@ -166,36 +182,39 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     for (int i = 0; i < 2; ++i)
       token_scale[n][i] = x_scale + min(n * 8 + lane % 4 * 2 + i, p.num_tokens - 1) * scale_pitch(s.k_blocks);
   }
-  int buffer = 0;
-  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, buffer ^= 1, turn += s.k_blocks) {
+  int stage = 0;  // the tile's first, of all
+  RingCursor ring_at;
+  PipelineCursor<kTileBuffers> sums_at;
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, stage += s.steps, sums_at.advance()) {
     scales = next_scales;
-    if (t + int(gridDim.x) < num_tiles) load_scales(t + gridDim.x, turn + s.k_blocks);
+    if (t + int(gridDim.x) < num_tiles) load_scales(t + gridDim.x, stage + s.steps);
     float sums[kTokenTiles][4] = {};
-    for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
-      const int in_stage = chunk_in_stage(kParts, part, turn, step, s), chunk = step * s.chunks + in_stage;
+    RingCursor at = ring_at;
+    at.advance(s.stages, share.first_step(stage));
+    for (int step = share.first_step(stage), round = 0; step < s.steps; step += share.teams(), ++round) {
       fixed.ring.wait_full(at);
-      if (in_stage < s.chunks && chunk < s.k_blocks) {
+      const uint32_t rows = ring + at.stage * s.stage_bytes + share.group() * s.chunks * 2048;
+      share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
         float product[kTokenTiles][4];
-        multiply_chunk(product, ring + at.stage * s.stage_bytes + (group * s.chunks + in_stage) * 2048, x + chunk * 128,
-                       token_pitch(s.k_blocks), p.num_tokens - 1);
-        const float scale = __shfl_sync(~0u, scales, step);
+        multiply_chunk(product, rows + in_stage * 2048, x + chunk * 128, token_pitch(s.k_blocks), p.num_tokens - 1);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) sums[n][i] += scale * token_scale[n][i % 2][chunk] * product[n][i];
         }
-      }
+      });
       __syncwarp();
       if (lane == 0) fixed.ring.release(at);
+      at.advance(s.stages, share.teams());
     }
-    float* parts = partial + buffer * (kDecodeWarps * kTokenTiles * 128);
+    ring_at.advance(s.stages, s.steps);
+    fixed.sums.wait_empty(sums_at);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)
-      reinterpret_cast<float4*>(parts)[(warp * kTokenTiles + n) * 32 + lane] =
+      reinterpret_cast<float4*>(partial)[((sums_at.stage * kDecodeWarps + warp) * kTokenTiles + n) * 32 + lane] =
           make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
-    // Arrivals: all math threads. Publishes the parts; those of the tile before last have been read by now.
-    named_barrier_sync(kMathBarrier, kDecodeMathThreads);
-    finish_tile<kTokenTiles>(p, fixed.active, tile_at(p, experts, t, gated), parts);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(fixed.sums.full_address(sums_at.stage));
   }
 }
 
@@ -209,7 +228,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(1, kDecodeWarps);
+    const StageShares shares(kDecodeGemm1Rows, p.stream.chunks);
+    fixed.ring.initialize(1, shares.groups * shares.split);
+    fixed.sums.initialize(kDecodeWarps, 1);
   }
   __syncthreads();
   wait_for_previous_kernel();
@@ -220,9 +241,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     fixed.experts.build(expert, ranks);
     named_barrier_arrive(kExpertsBarrier, kDecodeMathThreads + 32);
     if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p, gated);
-  } else if (warp == kListThread / 32) {
+  } else if (warp == kFinishThread / 32) {
     fixed.active.build(p.slots, {}, false, p.num_tokens, p.top_k);
     named_barrier_arrive(kTokensBarrier, kDecodeMathThreads + 32);
+    finish<kTokenTiles>(fixed, reinterpret_cast<const float*>(memory + layout.partial), p, gated);
   } else {
     multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.x),
                           reinterpret_cast<float*>(memory + layout.x_scale),

@@ -59,16 +59,22 @@ DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGe
   }
 }
 
-// Sums the warps' parts of a slice in their order and stores it.
+// Adds up the warps' shares of a slice in their order and stores it.
 template <int kTokenTiles>
-DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, int groups, const float* partial) {
-  for (int i = threadIdx.x; i < p.slice_rows * p.num_tokens; i += kDecodeMathThreads) {
-    const int token = i / p.slice_rows, column = i - token * p.slice_rows;
-    const float* from = partial + (column / 16 * kTokenTiles + token / 8) * 128 +
-                        fragment_index(stored_row(column % 16, p.shuffled), token % 8);
+DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* partial) {
+  const int groups = p.slice_rows / 16;
+  for (int i = threadIdx.x; i < groups * kTokenTiles * 128; i += kDecodeMathThreads) {
+    const int group = i / (kTokenTiles * 128), in_group = i - group * kTokenTiles * 128;
     float sum = 0.f;
-    for (int part = 0; part < kDecodeWarps; part += groups) sum += from[part * kTokenTiles * 128];
-    p.output[int64_t(token) * p.hidden + first + column] = uint16_t(to_bf16x2(sum, 0.f));
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w)
+      if (w % groups == group) sum += partial[w * kTokenTiles * 128 + in_group];
+    // As mma_m16n8k16_f16 leaves it: four values a lane.
+    const int lane = in_group / 4 % 32, token = in_group / 128 * 8 + lane % 4 * 2 + in_group % 2;
+    if (token >= p.num_tokens) continue;
+    const int row = lane / 4 + in_group / 2 % 2 * 8;
+    const int column = first + group * 16 + (p.shuffled ? plain_row(row) : row);
+    p.output[int64_t(token) * p.hidden + column] = uint16_t(to_bf16x2(sum, 0.f));
   }
 }
 
@@ -76,69 +82,74 @@ template <int kTokenTiles>
 DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_scale, float* partial,
                      const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int groups = p.slice_rows / 16, parts = kDecodeWarps / groups;  // of the rows; warps that share a group's K
-  const int group = warp % groups, part = warp / groups;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = p.slice_rows / 16;
+  const WarpShare share(s, p.slice_rows);
   const ActiveTokens& active = fixed.active;
   const int count = active.experts.count;
-  RingCursor at, h_at;
+  int stage = 0;  // the expert's first, of all
+  RingCursor ring_at, h_at;
   for (int first = blockIdx.x * p.slice_rows; first < p.hidden; first += gridDim.x * p.slice_rows) {
     float sums[kTokenTiles][4] = {};
-    const auto load_scales = [&](int a) {
-      return a < count ? load_step_scales(s, active.experts.expert[a], first, parts, part, a * s.k_blocks) : 0.f;
+    const auto load_scales = [&](int a, int its_stage) {
+      return a < count ? share.load_scales(s, active.experts.expert[a], first, its_stage) : 0.f;
     };
-    float scales, next_scales = load_scales(0);
-    for (int a = 0; a < count; ++a, h_at.advance(p.h_buffers)) {
+    float scales, next_scales = load_scales(0, stage);
+    for (int a = 0; a < count; ++a, stage += s.steps, h_at.advance(p.h_buffers)) {
       scales = next_scales;
-      next_scales = load_scales(a + 1);
-      // Routing weights of this thread's two tokens of a tile. NOTE: a token that is not routed here is left out, not
-      // multiplied by 0: no NaN of another token's expert gets in.
-      float weight[kTokenTiles][2];
-      bool routed[kTokenTiles][2];
-      const float* row_scale[kTokenTiles][2];
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int token = n * 8 + lane % 4 * 2 + i;
-          routed[n][i] = active.names(a, token);
-          weight[n][i] = routed[n][i] ? active.weight[active.slot[a][token]] : 0.f;
-          row_scale[n][i] = h_scale + h_at.stage * (scales_bytes(s.k_blocks, p.num_tokens) / 4) +
-                            min(token, p.num_tokens - 1) * scale_pitch(s.k_blocks);
-        }
-      }
+      next_scales = load_scales(a + 1, stage + s.steps);
       fixed.h.wait_full(h_at);
-      for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
-        const int in_stage = chunk_in_stage(parts, part, a * s.k_blocks, step, s);
-        const int chunk = step * s.chunks + in_stage;
-        fixed.ring.wait_full(at);
-        if (in_stage < s.chunks && chunk < s.k_blocks) {
-          float product[kTokenTiles][4];
-          multiply_chunk(product, ring + at.stage * s.stage_bytes + (in_stage * groups + group) * 2048,
-                         h + h_at.stage * tokens_bytes(s.k_blocks, p.num_tokens) + chunk * 128, token_pitch(s.k_blocks),
-                         p.num_tokens - 1);
-          const float w_s = __shfl_sync(~0u, scales, step);
+      if (const int first_step = share.first_step(stage); first_step < s.steps) {
+        // Routing weights and scales of this thread's two tokens of a tile. NOTE: a token that is not routed here is
+        // left out, not multiplied by 0: no NaN of another token's expert gets in.
+        float weight[kTokenTiles][2];
+        bool routed[kTokenTiles][2];
+        const float* row_scale[kTokenTiles][2];
 #pragma unroll
-          for (int n = 0; n < kTokenTiles; ++n) {
-            const float scale[2] = {w_s * row_scale[n][0][chunk] * weight[n][0],
-                                    w_s * row_scale[n][1][chunk] * weight[n][1]};
+        for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-              if (routed[n][i % 2]) sums[n][i] += scale[i % 2] * product[n][i];
+          for (int i = 0; i < 2; ++i) {
+            const int token = n * 8 + lane % 4 * 2 + i;
+            routed[n][i] = active.names(a, token);
+            weight[n][i] = routed[n][i] ? active.weight[active.slot[a][token]] : 0.f;
+            row_scale[n][i] = h_scale + h_at.stage * (scales_bytes(s.k_blocks, p.num_tokens) / 4) +
+                              min(token, p.num_tokens - 1) * scale_pitch(s.k_blocks);
           }
         }
-        __syncwarp();
-        if (lane == 0) fixed.ring.release(at);
+        const uint32_t codes = h + h_at.stage * tokens_bytes(s.k_blocks, p.num_tokens);
+        RingCursor at = ring_at;
+        at.advance(s.stages, first_step);
+        for (int step = first_step, round = 0; step < s.steps; step += share.teams(), ++round) {
+          fixed.ring.wait_full(at);
+          const uint32_t rows = ring + at.stage * s.stage_bytes + share.group() * 2048;
+          share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
+            float product[kTokenTiles][4];
+            multiply_chunk(product, rows + in_stage * groups * 2048, codes + chunk * 128, token_pitch(s.k_blocks),
+                           p.num_tokens - 1);
+#pragma unroll
+            for (int n = 0; n < kTokenTiles; ++n) {
+              const float factor[2] = {scale * row_scale[n][0][chunk] * weight[n][0],
+                                       scale * row_scale[n][1][chunk] * weight[n][1]};
+#pragma unroll
+              for (int i = 0; i < 4; ++i)
+                if (routed[n][i % 2]) sums[n][i] += factor[i % 2] * product[n][i];
+            }
+          });
+          __syncwarp();
+          if (lane == 0) fixed.ring.release(at);
+          at.advance(s.stages, share.teams());
+        }
       }
+      ring_at.advance(s.stages, s.steps);
+      __syncwarp();
       if (lane == 0) fixed.h.release(h_at);
     }
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)
       reinterpret_cast<float4*>(partial)[(warp * kTokenTiles + n) * 32 + lane] =
           make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
-    // Arrivals: all math threads. The first publishes the parts, the second says that they have been read.
+    // Arrivals: all math threads. The first publishes the shares, the second says that they have been read.
     named_barrier_sync(kMathBarrier, kDecodeMathThreads);
-    store_slice<kTokenTiles>(p, first, groups, partial);
+    store_slice<kTokenTiles>(p, first, partial);
     named_barrier_sync(kMathBarrier, kDecodeMathThreads);
   }
 }
@@ -153,7 +164,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(1, kDecodeWarps);
+    const StageShares shares(p.slice_rows, p.stream.chunks);
+    fixed.ring.initialize(1, shares.groups * shares.split);
     fixed.h.initialize(1, kDecodeWarps);
   }
   __syncthreads();

@@ -66,27 +66,57 @@ struct DecodeGemm2Parameters {
 struct RingCursor {
   int stage = 0;
   uint32_t parity = 0;
-  DEVICE void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
+  DEVICE void advance(int stages, int by = 1) {
+    stage += by;
+    while (stage >= stages) {
+      stage -= stages;
       parity ^= 1;
     }
   }
 };
 
-// A stage's K blocks are dealt out to `parts` warps that share rows, from warp `turn` on, so that a warp without one in
-// this stage has one in the next. The K block, within the stage at `step`, of warp `part`; it may be none of the
-// stage's.
-DEVICE int chunk_in_stage(int parts, int part, int turn, int step, const WeightStream& stream) {
-  return (part - turn - step * stream.chunks) & (parts - 1);
-}
+// A math warp's part of the stages, in the order of the ring.
+class WarpShare {
+ public:
+  DEVICE WarpShare(const WeightStream& stream, int rows)
+      : shares_(rows, stream.chunks), blocks_((stream.chunks + shares_.split - 1) / shares_.split) {
+    const int warp = threadIdx.x / 32;
+    group_ = warp % shares_.groups;
+    part_ = warp / shares_.groups % shares_.split;
+    team_ = warp / (shares_.groups * shares_.split);
+  }
+  DEVICE int group() const { return group_; }
 
-// A warp's scales of the K blocks it multiplies: lane s holds that of step s. Read a tile ahead of their use.
-DEVICE float load_step_scales(const WeightStream& stream, int expert, int row, int parts, int part, int turn) {
-  const int step = threadIdx.x % 32, chunk = step * stream.chunks + chunk_in_stage(parts, part, turn, step, stream);
-  if (step >= stream.steps || chunk >= stream.k_blocks) return 0.f;
-  return __ldg(stream.scale + (int64_t(expert) * (stream.rows / 128) + row / 128) * stream.k_blocks + chunk);
-}
+  // Of a tile whose first stage is number `stage` of all: the first of its steps that is this warp's, and how many it
+  // has. The next one is teams() later.
+  DEVICE int first_step(int stage) const { return (team_ - stage) & (shares_.teams - 1); }
+  DEVICE int teams() const { return shares_.teams; }
+
+  // The scales of the K blocks of this warp in such a tile, lane by lane in the order of use. Read a tile ahead.
+  DEVICE float load_scales(const WeightStream& stream, int expert, int row, int stage) const {
+    const int lane = threadIdx.x % 32, round = lane / blocks_;
+    const int step = first_step(stage) + round * shares_.teams,
+              in_stage = part_ + (lane - round * blocks_) * shares_.split;
+    const int chunk = step * stream.chunks + in_stage;
+    if (step >= stream.steps || in_stage >= stream.chunks || chunk >= stream.k_blocks) return 0.f;
+    return __ldg(stream.scale + (int64_t(expert) * (stream.rows / 128) + row / 128) * stream.k_blocks + chunk);
+  }
+
+  // Calls use(K block, its place in the stage, its scale) for this warp's blocks of its `round`-th stage of a tile.
+  template <class Use>
+  DEVICE void for_blocks(const WeightStream& stream, int step, int round, float scales, const Use& use) const {
+    for (int i = 0; i < blocks_; ++i) {
+      const int in_stage = part_ + i * shares_.split, chunk = step * stream.chunks + in_stage;
+      if (in_stage >= stream.chunks || chunk >= stream.k_blocks) return;
+      use(chunk, in_stage, __shfl_sync(~0u, scales, round * blocks_ + i));
+    }
+  }
+
+ private:
+  StageShares shares_;
+  int blocks_;  // of a stage
+  int group_, part_, team_;
+};
 
 using DecodeGemm1Kernel = void (*)(CUtensorMap, DecodeGemm1Parameters);
 using DecodeGemm2Kernel = void (*)(CUtensorMap, DecodeGemm2Parameters);

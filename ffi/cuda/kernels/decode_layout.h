@@ -11,14 +11,26 @@
 
 namespace jax_moe::cuda {
 
-inline constexpr int kDecodeWarps = 16;  // of math; a stage's 16-row groups and K blocks are dealt out to them
+inline constexpr int kDecodeWarps = 16;  // of math
 inline constexpr int kDecodeMathThreads = kDecodeWarps * 32;
 inline constexpr int kDecodeThreads = kDecodeMathThreads + 64;
 inline constexpr int kDecodeGemm1Rows = 32;  // of a tile, in two groups
 inline constexpr int kMaxRingStages = 16;
-inline constexpr int kMaxHBuffers = 4;
-inline constexpr int kMaxDecodeSteps = 32;      // stages that a tile's K takes: each lane holds the scale of one
+inline constexpr int kMaxHBuffers = 8;
+inline constexpr int kTileBuffers = 2;          // tiles of decode_gemm1 whose sums are being collected
 inline constexpr int kDecodeFixedBytes = 9216;  // barriers and lists
+
+// How the math warps share the stages of `groups` x 16 rows by `chunks` K blocks: a stage goes to one team, whose warps
+// take a group and every `split`-th K block each; the next stage goes to the next team. So a warp waits for few stages.
+struct StageShares {
+  int groups, split, teams;
+  HOST_DEVICE StageShares(int rows, int chunks)
+      : groups(rows / 16), split(chunks > 1 && groups < kDecodeWarps ? 2 : 1), teams(kDecodeWarps / (groups * split)) {}
+  // K blocks of a tile that one warp multiplies, at most: each lane holds the scale of one.
+  HOST_DEVICE int blocks_of_warp(int chunks, int steps) const {
+    return (steps + teams - 1) / teams * ((chunks + split - 1) / split);
+  }
+};
 
 // A token's codes and its scales, a row each. NOTE: the pitch puts rows 16 bytes apart modulo 128, so that eight of
 // them are read without bank conflicts.
@@ -30,13 +42,13 @@ HOST_DEVICE constexpr int partial_bytes(int token_tiles) { return kDecodeWarps *
 
 struct DecodeGemm1Layout {
   uint32_t x, x_scale;  // one token after the other
-  uint32_t partial;     // f32 [2][kDecodeWarps][token_tiles][128]
+  uint32_t partial;     // f32 [kTileBuffers][kDecodeWarps][token_tiles][128]
   uint32_t fixed, bytes;
   HOST_DEVICE DecodeGemm1Layout(uint32_t ring_bytes, int k_blocks, int num_tokens, int token_tiles) {
     x = ring_bytes;
     x_scale = x + tokens_bytes(k_blocks, num_tokens);
     partial = x_scale + scales_bytes(k_blocks, num_tokens);
-    fixed = partial + 2 * partial_bytes(token_tiles);
+    fixed = partial + kTileBuffers * partial_bytes(token_tiles);
     bytes = fixed + kDecodeFixedBytes;
   }
 };

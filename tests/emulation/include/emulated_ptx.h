@@ -33,6 +33,7 @@ void multiply_f16(float (&d)[4], const LanePayload& operands);
 void decode_e4m3x4(uint32_t codes, uint32_t& lo, uint32_t& hi);
 // overlap.cc
 void wait_for_earlier_kernels();
+void start_next_kernel();
 // wgmma.cc
 void fence_wgmma();
 void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate);
@@ -94,7 +95,7 @@ DEVICE void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a
 DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) { emulation::decode_e4m3x4(codes, lo, hi); }
 
 DEVICE void wait_for_previous_kernel() { emulation::wait_for_earlier_kernels(); }
-DEVICE void let_next_kernel_start() {}
+DEVICE void let_next_kernel_start() { emulation::start_next_kernel(); }
 DEVICE uint4 load_fresh_v4(const void* global) { return __ldcg(static_cast<const uint4*>(global)); }
 
 DEVICE void named_barrier_sync(int id, int threads) { emulation::barrier_sync(id, threads); }
