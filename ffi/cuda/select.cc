@@ -78,6 +78,8 @@ Config Select(const Problem& p, int num_sms) {
   const int64_t rounds_per_cta = rounds <= kSingleRouteRounds ? rounds : CeilDiv(rounds, kMaxRouteChunks);
   c.route_chunk_size = int(rounds_per_cta * kRouteRound);
   c.route_chunks = int(CeilDiv(rows, c.route_chunk_size));
+  // 64 blocks of 128 a CTA of 1024 threads, four times in flight; two CTAs an SM.
+  c.quantize_ctas = int(std::clamp<int64_t>(CeilDiv(p.num_tokens * p.hidden_size / kScaleBlock, 64), 1, 2 * num_sms));
 
   // A gated GEMM1 multiplies 128 up rows beside their 128 gate rows, all others 256 neighbours. One persistent CTA an
   // SM, fewer when even the worst routing has fewer tiles.
@@ -102,8 +104,7 @@ std::string Explain(const Problem& p, int num_sms) {
     return text.str();
   }
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
-       << " launch(es)\n"
-       << "permute: " << (p.hidden_states_are_bf16() ? "quantise 1x128, " : "") << "scales to permuted order\n"
+       << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised 1x128 on the side" : "") << "\n"
        << "gemm1: grouped_gemm_sm90 " << (p.gated() ? "128x(128+128)x128" : "128x256x128")
        << ", gathered A, activation + 1x128 e4m3, " << c.gemm1_columns << " column tiles, " << c.gemm1_grid << " CTAs\n"
        << "gemm2: grouped_gemm_sm90 128x256x128, bf16, " << c.gemm2_columns << " column tiles, " << c.gemm2_grid

@@ -78,15 +78,15 @@ void land(const TensorLoad& load) {
 
 void land(CpAsync& copy) {
   if (copy.landed) return;
-  std::memcpy(shared_views(copy.smem, 16, "cp.async").ordinary, copy.global, 16);
+  std::memcpy(shared_views(copy.smem, copy.bytes, "cp.async").ordinary, copy.global, copy.bytes);
   copy.landed = true;
 }
 
 void retire(std::vector<CpAsync>& group) {
   for (CpAsync& copy : group) {
     land(copy);
-    end_late_write(copy.smem, 16);
-    note_ordinary_write(*current, copy.smem, 16);
+    end_late_write(copy.smem, copy.bytes);
+    note_ordinary_write(*current, copy.smem, copy.bytes);
   }
 }
 
@@ -148,13 +148,13 @@ void queue_bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t
   loads.push_back({smem, barrier, row, 0, 0, 0, this_moment()});
 }
 
-void queue_cp_async(uint32_t smem, const void* global) {
-  if (smem % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+void queue_cp_async(uint32_t smem, const void* global, uint32_t bytes) {
+  if (smem % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
     fail("cp.async from %p to %#x is misaligned", global, smem);
-  shared_views(smem, 16, "cp.async");
-  begin_late_write(smem, 16);
-  check_global_read(global, 16);
-  CpAsync copy{smem, global, false};
+  shared_views(smem, bytes, "cp.async");
+  begin_late_write(smem, bytes);
+  check_global_read(global, bytes);
+  CpAsync copy{smem, global, bytes, false};
   if (random_below(2)) land(copy);
   groups().back().push_back(copy);
 }

@@ -18,6 +18,7 @@ struct Collective;
 struct CpAsync {
   uint32_t smem;
   const void* global;
+  uint32_t bytes;
   bool landed;
 };
 struct WgmmaOp {

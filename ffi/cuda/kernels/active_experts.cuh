@@ -18,7 +18,7 @@ DEVICE void load_slot_experts(const SlotExperts& slots, int num_slots, int (&exp
 #pragma unroll
   for (int r = 0; r < kSlotsPerLane; ++r) {
     const int i = lane + 32 * r;
-    expert[r] = i < num_slots ? slots.local_expert(__ldg(slots.topk_ids + i), first) : -1;
+    expert[r] = i < num_slots ? slots.local_expert(__ldcg(slots.topk_ids + i), first) : -1;
   }
 }
 

@@ -81,12 +81,12 @@ class TokenLoader {
     for (int i = 0; i < kInFlight; ++i) {
       const int piece = first + i * kDecodeMathThreads;
       v_[i] =
-          piece < p_.num_tokens * per_token_ ? __ldg(static_cast<const uint4*>(p_.x) + piece) : make_uint4(0, 0, 0, 0);
+          piece < p_.num_tokens * per_token_ ? __ldcg(static_cast<const uint4*>(p_.x) + piece) : make_uint4(0, 0, 0, 0);
     }
   }
   DEVICE float given_scale(int i) const {
     const int token = i / p_.stream.k_blocks, chunk = i - token * p_.stream.k_blocks;
-    return __ldg(p_.x_scale + chunk * p_.block_stride + token * p_.token_stride);
+    return __ldcg(p_.x_scale + chunk * p_.block_stride + token * p_.token_stride);
   }
   DEVICE void store(int piece, const uint4& v, int count) {
     if (piece - int(threadIdx.x % 32) >= count) return;

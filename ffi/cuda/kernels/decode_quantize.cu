@@ -15,10 +15,10 @@ __global__ void __launch_bounds__(kDecodeQuantizeThreads)
   bool has_row = slot < p.num_slots;
   if (has_row) {
     const int64_t first = p.slots.first_local();
-    const int expert = p.slots.local_expert(__ldg(p.slots.topk_ids + slot), first);
+    const int expert = p.slots.local_expert(__ldcg(p.slots.topk_ids + slot), first);
     has_row = expert >= 0;
     for (int before = slot / p.top_k * p.top_k; before < slot; ++before)
-      has_row &= p.slots.local_expert(__ldg(p.slots.topk_ids + before), first) != expert;
+      has_row &= p.slots.local_expert(__ldcg(p.slots.topk_ids + before), first) != expert;
   }
   wait_for_previous_kernel();
   if (!has_row) return;

@@ -9,6 +9,8 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
   const int chunks = (p.hidden + kFinalizeColumnsPerCta - 1) / kFinalizeColumnsPerCta;
   const int64_t token = blockIdx.x / chunks;
   const int column = int(blockIdx.x % chunks) * kFinalizeColumnsPerCta + threadIdx.x * 8;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   if (column >= p.hidden) return;
   const int32_t* rows = p.expanded_idx_to_permuted_idx + token * p.top_k;
   float sum[8] = {};
@@ -19,7 +21,7 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int slot = first + i;
-      const int row = slot < p.top_k ? __ldg(rows + slot) : -1;
+      const int row = slot < p.top_k ? rows[slot] : -1;
       valid[i] = row >= 0;
       if (!valid[i]) continue;
       weight[i] = p.weights.at(token * p.top_k + slot);

@@ -17,17 +17,19 @@ DEVICE GemmSharedMemory<Epilogue>& prepare(uint32_t full_arrivals) {
 }  // namespace
 
 __global__ void __launch_bounds__(kGemmThreads, 1)
-    gemm1_sm90(const __grid_constant__ CUtensorMap a_scale_map, const __grid_constant__ CUtensorMap b_map,
-               const __grid_constant__ GatherA gather, const __grid_constant__ GemmShape shape,
-               const __grid_constant__ TileSchedule schedule, const __grid_constant__ ActivationEpilogue epilogue) {
+    gemm1_sm90(const __grid_constant__ CUtensorMap b_map, const __grid_constant__ GatherA gather,
+               const __grid_constant__ GemmShape shape, const __grid_constant__ TileSchedule schedule,
+               const __grid_constant__ ActivationEpilogue epilogue) {
   auto& shared = prepare<ActivationEpilogue>(129);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
+  wait_for_previous_kernel();
+  let_next_kernel_start();  // NOTE: after the wait: GEMM2 reads the tiles of the route before its own
   if (warpgroup == kMathWarpgroups) {
     reduce_registers<56>();
-    produce_gathered(shared, gather, &a_scale_map, &b_map, shape, schedule, thread);
+    produce_gathered(shared, gather, &b_map, shape, schedule, thread);
   } else {
     raise_registers<216>();
-    multiply<ActivationEpilogue>(shared, shape, schedule, epilogue, warpgroup, thread);
+    multiply<true>(shared, shape, schedule, epilogue, warpgroup, thread);
   }
 }
 
@@ -39,10 +41,11 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
   if (warpgroup == kMathWarpgroups) {
     reduce_registers<40>();
-    if (thread == 0) produce(shared, &a_map, &a_scale_map, &b_map, shape, schedule);
+    if (thread == 0) produce(shared, TmaA{&a_map, &a_scale_map}, &b_map, shape, schedule);
   } else {
+    // NOTE: the math warps need no wait: what they compute and store comes from A, which the producer waits for.
     raise_registers<232>();
-    multiply<Bf16Epilogue>(shared, shape, schedule, epilogue, warpgroup, thread);
+    multiply<false>(shared, shape, schedule, epilogue, warpgroup, thread);
   }
 }
 

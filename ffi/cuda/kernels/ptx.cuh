@@ -77,6 +77,9 @@ DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_
 DEVICE void cp_async_16(uint32_t smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
 }
+DEVICE void cp_async_4(uint32_t smem, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(global) : "memory");
+}
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 DEVICE void cp_async_wait() {

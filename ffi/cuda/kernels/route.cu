@@ -133,6 +133,12 @@ DEVICE void place_chunk(const RouteParameters& p, int64_t first, int* next) {
 }  // namespace
 
 __global__ void __launch_bounds__(kRouteThreads) route_count(const __grid_constant__ RouteParameters p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (int(blockIdx.x) >= p.num_chunks) {
+    p.tokens.run(int(blockIdx.x) - p.num_chunks, int(gridDim.x) - p.num_chunks);
+    return;
+  }
   int* counts = reinterpret_cast<int*>(dynamic_shared_memory());
   count_chunk(p, p.slots.first_local(), counts);
   for (int e = threadIdx.x; e < p.slots.local_num_experts; e += kRouteThreads)
@@ -140,6 +146,12 @@ __global__ void __launch_bounds__(kRouteThreads) route_count(const __grid_consta
 }
 
 __global__ void __launch_bounds__(kRouteThreads) route_scatter(const __grid_constant__ RouteParameters p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (int(blockIdx.x) >= p.num_chunks) {
+    p.tokens.run(int(blockIdx.x) - p.num_chunks, int(gridDim.x) - p.num_chunks);
+    return;
+  }
   __shared__ int warps[kWarps];
   int* next = reinterpret_cast<int*>(dynamic_shared_memory());  // [L] rows of each expert, then its next free row
   const int64_t first = p.slots.first_local();

@@ -2,6 +2,7 @@
 // Permuted rows are sorted by local expert, then by expanded index: the same on every run.
 #pragma once
 #include "../../workspace.h"
+#include "quantize.cuh"
 #include "slots.cuh"
 
 namespace jax_moe::cuda {
@@ -22,6 +23,7 @@ struct RouteParameters {
   int32_t* num_m_blocks;                  // [1]
   MBlock* m_blocks;
   uint16_t* expert_weights;  // bf16 [num_expanded], or null; packed only
+  QuantizeTokens tokens;     // by the CTAs after the first num_chunks of the first kernel
 };
 
 // Rows of each local expert in each chunk. Only launched when num_chunks > 1. Dynamic shared memory: L int32.

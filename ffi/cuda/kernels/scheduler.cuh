@@ -14,12 +14,13 @@ struct Tile {
   int column;  // column tile
 };
 
+// NOTE: read past L1: the kernel that writes it may still run when this one starts.
 struct TileSchedule {
   const MBlock* m_blocks;  // [*num_m_blocks]
   const int32_t* num_m_blocks;
   int num_columns;  // column tiles of a row block
 
-  DEVICE int num_tiles() const { return __ldg(num_m_blocks) * num_columns; }
+  DEVICE int num_tiles() const { return __ldcg(num_m_blocks) * num_columns; }
 
   // Every block of a group knows where the group begins, so tile -> group needs no search.
   DEVICE Tile tile(int index) const {
@@ -32,7 +33,7 @@ struct TileSchedule {
 
  private:
   DEVICE MBlock load(int i) const {
-    const int4 v = __ldg(reinterpret_cast<const int4*>(m_blocks) + i);
+    const int4 v = __ldcg(reinterpret_cast<const int4*>(m_blocks) + i);
     return {v.x, v.y, v.z, static_cast<int16_t>(v.w & 0xFFFF), static_cast<int16_t>(v.w >> 16)};
   }
 };

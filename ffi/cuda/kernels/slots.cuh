@@ -1,5 +1,6 @@
 // What the caller says of a slot (token t, k): its local expert and its routing weight. Ids are never used as indices
-// before they are checked here, so any bit pattern is safe.
+// before they are checked here, so any bit pattern is safe. Read past L1: a kernel may start before the caller's one that
+// wrote them has ended.
 #pragma once
 #include "ptx.cuh"
 
@@ -13,7 +14,7 @@ struct SlotExperts {
   int num_experts;
   int local_num_experts;  // L
 
-  DEVICE int64_t first_local() const { return local_expert_offset ? int64_t(__ldg(local_expert_offset)) : offset; }
+  DEVICE int64_t first_local() const { return local_expert_offset ? int64_t(__ldcg(local_expert_offset)) : offset; }
 
   // The local expert of an element of topk_ids, or -1; `first` is first_local().
   DEVICE int local_expert(int element, int64_t first) const {
@@ -32,11 +33,11 @@ struct SlotWeights {
   DEVICE float at(int64_t slot) const {
     switch (type) {
       case WeightsType::kPacked:
-        return __uint_as_float(uint32_t(__ldg(static_cast<const int32_t*>(weights) + slot)) << 16);
+        return __uint_as_float(uint32_t(__ldcg(static_cast<const int32_t*>(weights) + slot)) << 16);
       case WeightsType::kBFloat16:
-        return __uint_as_float(uint32_t(__ldg(static_cast<const uint16_t*>(weights) + slot)) << 16);
+        return __uint_as_float(uint32_t(__ldcg(static_cast<const uint16_t*>(weights) + slot)) << 16);
       default:
-        return __ldg(static_cast<const float*>(weights) + slot);
+        return __ldcg(static_cast<const float*>(weights) + slot);
     }
   }
 };
