@@ -164,6 +164,18 @@ def test_results_are_the_references(emulator: emulated.Emulator, case: cases.Cas
 
 
 @pytest.mark.parametrize(
+    "sizes",
+    [(1, 7168, 256, 2, 1), (1, 2048, 256, 8, 8), (4, 2048, 768, 8, 2), (16, 2048, 256, 8, 2), (1, 1024, 2048, 2, 1)],
+    ids=lambda sizes: "x".join(map(str, sizes)),
+)
+def test_wide_layers_on_a_whole_gpu(emulator: emulated.Emulator, sizes: tuple[int, ...]) -> None:
+    """Few tokens, experts as wide as real ones: rings that wrap and CTAs with several tiles."""
+    case = cases.Case("wide", *sizes)
+    given = cases.arrays(case)
+    check(case, given, emulated.run(emulator, case, given, seed=3, num_sms=132))
+
+
+@pytest.mark.parametrize(
     "name", ["t53", "t129", "k22", "h640_i896", "routing_zipf_window", "lora_unfinalized", "relu2_t257"]
 )
 def test_no_order_of_events_changes_a_bit(emulator: emulated.Emulator, name: str) -> None:

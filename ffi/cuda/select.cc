@@ -32,9 +32,9 @@ bool FitTile(int64_t k, int rows, int ring_bytes, int other_bytes, int least_sha
   tile->chunks = int(CeilDiv(k_blocks, tile->steps));
   tile->stage_bytes = rows * tile->chunks * int(kScaleBlock);
   const int room = std::min(ring_bytes, kMaxSharedBytes - other_bytes);
-  tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages);
+  tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages) / StageShares::kTeams * StageShares::kTeams;
   tile->shared_bytes = std::max(tile->stages * tile->stage_bytes + other_bytes, least_shared_bytes);
-  return room >= kLeastRingBytes && StageShares(rows, tile->chunks).blocks_of_warp(tile->chunks, tile->steps) <= 32;
+  return room >= kLeastRingBytes && StageShares(rows).blocks_of_tile(tile->chunks, tile->steps) <= 32;
 }
 
 // A few tokens: the weights of the active experts are all that matters, and reading them once at full rate is what

@@ -191,7 +191,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     float sums[kTokenTiles][4] = {};
     RingCursor at = ring_at;
     at.advance(s.stages, share.first_step(stage));
-    for (int step = share.first_step(stage), round = 0; step < s.steps; step += share.teams(), ++round) {
+    for (int step = share.first_step(stage), round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
       fixed.ring.wait_full(at);
       const uint32_t rows = ring + at.stage * s.stage_bytes + share.group() * s.chunks * 2048;
       share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
@@ -205,7 +205,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
       });
       __syncwarp();
       if (lane == 0) fixed.ring.release(at);
-      at.advance(s.stages, share.teams());
+      at.advance(s.stages, StageShares::kTeams);
     }
     ring_at.advance(s.stages, s.steps);
     fixed.sums.wait_empty(sums_at);
@@ -228,8 +228,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    const StageShares shares(kDecodeGemm1Rows, p.stream.chunks);
-    fixed.ring.initialize(1, shares.groups * shares.split);
+    fixed.ring.initialize(1, StageShares(kDecodeGemm1Rows).warps());
     fixed.sums.initialize(kDecodeWarps, 1);
   }
   __syncthreads();

@@ -118,7 +118,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
         const uint32_t codes = h + h_at.stage * tokens_bytes(s.k_blocks, p.num_tokens);
         RingCursor at = ring_at;
         at.advance(s.stages, first_step);
-        for (int step = first_step, round = 0; step < s.steps; step += share.teams(), ++round) {
+        for (int step = first_step, round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
           fixed.ring.wait_full(at);
           const uint32_t rows = ring + at.stage * s.stage_bytes + share.group() * 2048;
           share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
@@ -136,7 +136,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
           });
           __syncwarp();
           if (lane == 0) fixed.ring.release(at);
-          at.advance(s.stages, share.teams());
+          at.advance(s.stages, StageShares::kTeams);
         }
       }
       ring_at.advance(s.stages, s.steps);
@@ -164,8 +164,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    const StageShares shares(p.slice_rows, p.stream.chunks);
-    fixed.ring.initialize(1, shares.groups * shares.split);
+    fixed.ring.initialize(1, StageShares(p.slice_rows).warps());
     fixed.h.initialize(1, kDecodeWarps);
   }
   __syncthreads();

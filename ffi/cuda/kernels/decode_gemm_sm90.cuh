@@ -79,23 +79,22 @@ struct RingCursor {
 class WarpShare {
  public:
   DEVICE WarpShare(const WeightStream& stream, int rows)
-      : shares_(rows, stream.chunks), blocks_((stream.chunks + shares_.split - 1) / shares_.split) {
+      : shares_(rows), blocks_(shares_.blocks_of_stage(stream.chunks)) {
     const int warp = threadIdx.x / 32;
     group_ = warp % shares_.groups;
     part_ = warp / shares_.groups % shares_.split;
-    team_ = warp / (shares_.groups * shares_.split);
+    team_ = warp / shares_.warps();
   }
   DEVICE int group() const { return group_; }
 
-  // Of a tile whose first stage is number `stage` of all: the first of its steps that is this warp's, and how many it
-  // has. The next one is teams() later.
-  DEVICE int first_step(int stage) const { return (team_ - stage) & (shares_.teams - 1); }
-  DEVICE int teams() const { return shares_.teams; }
+  // Of a tile whose first stage is number `stage` of all: the first of its steps that is this warp's. The next one is
+  // kTeams later.
+  DEVICE int first_step(int stage) const { return (team_ - stage) & (StageShares::kTeams - 1); }
 
   // The scales of the K blocks of this warp in such a tile, lane by lane in the order of use. Read a tile ahead.
   DEVICE float load_scales(const WeightStream& stream, int expert, int row, int stage) const {
     const int lane = threadIdx.x % 32, round = lane / blocks_;
-    const int step = first_step(stage) + round * shares_.teams,
+    const int step = first_step(stage) + round * StageShares::kTeams,
               in_stage = part_ + (lane - round * blocks_) * shares_.split;
     const int chunk = step * stream.chunks + in_stage;
     if (step >= stream.steps || in_stage >= stream.chunks || chunk >= stream.k_blocks) return 0.f;

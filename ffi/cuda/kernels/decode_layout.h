@@ -20,15 +20,19 @@ inline constexpr int kMaxHBuffers = 8;
 inline constexpr int kTileBuffers = 2;          // tiles of decode_gemm1 whose sums are being collected
 inline constexpr int kDecodeFixedBytes = 9216;  // barriers and lists
 
-// How the math warps share the stages of `groups` x 16 rows by `chunks` K blocks: a stage goes to one team, whose warps
-// take a group and every `split`-th K block each; the next stage goes to the next team. So a warp waits for few stages.
+// How the math warps share the stages of `groups` x 16 rows by some K blocks: a stage goes to one of two teams, whose
+// warps take a group and every `split`-th K block each; the next stage goes to the other team.
+// NOTE: the ring has an even number of stages, so that a stage is always the same team's: a wait for a phase of it
+// would not know an earlier phase that only the other team has waited for.
 struct StageShares {
-  int groups, split, teams;
-  HOST_DEVICE StageShares(int rows, int chunks)
-      : groups(rows / 16), split(chunks > 1 && groups < kDecodeWarps ? 2 : 1), teams(kDecodeWarps / (groups * split)) {}
-  // K blocks of a tile that one warp multiplies, at most: each lane holds the scale of one.
-  HOST_DEVICE int blocks_of_warp(int chunks, int steps) const {
-    return (steps + teams - 1) / teams * ((chunks + split - 1) / split);
+  static constexpr int kTeams = 2;
+  int groups, split;
+  HOST_DEVICE explicit StageShares(int rows) : groups(rows / 16), split(kDecodeWarps / kTeams / groups) {}
+  HOST_DEVICE int warps() const { return groups * split; }  // of a team
+  // K blocks of a stage and of a tile that one warp multiplies, at most: each lane holds the scale of one.
+  HOST_DEVICE int blocks_of_stage(int chunks) const { return (chunks + split - 1) / split; }
+  HOST_DEVICE int blocks_of_tile(int chunks, int steps) const {
+    return (steps + kTeams - 1) / kTeams * blocks_of_stage(chunks);
   }
 };
 

@@ -1,6 +1,6 @@
 // What the caller says of a slot (token t, k): its local expert and its routing weight. Ids are never used as indices
-// before they are checked here, so any bit pattern is safe. Read past L1: a kernel may start before the caller's one that
-// wrote them has ended.
+// before they are checked here, so any bit pattern is safe. Read past L1: a kernel may start before the caller's one
+// that wrote them has ended.
 #pragma once
 #include "ptx.cuh"
 
