@@ -51,7 +51,7 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
     if (p.hidden_size / columns >= num_sms * 2 / 3) d.slice_columns = columns;
   const int h_blocks = int(p.hidden_size / kScaleBlock), i_blocks = int(p.intermediate_size / kScaleBlock);
   const auto gemm2_bytes = [&](int h_buffers) {
-    return int(DecodeGemm2Layout(0, i_blocks, int(tokens), d.token_tiles, h_buffers).bytes);
+    return int(DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers).bytes);
   };
   const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles).bytes);
   d.h_buffers = std::clamp(24 * 1024 / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);

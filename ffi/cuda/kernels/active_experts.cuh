@@ -75,20 +75,18 @@ struct ActiveTokens {
   ActiveExperts experts;
   uint32_t tokens[kMaxDecodeSlots];                 // of an expert: a bit a token
   int16_t slot[kMaxDecodeSlots][kMaxDecodeTokens];  // of an expert and a token that names it: the first such slot
-  float weight[kMaxDecodeSlots];                    // of that slot: the sum over the token's slots that name the expert
-
   DEVICE bool names(int a, int token) const { return tokens[a] >> token & 1; }  // token < 32
 
-  // By one whole warp; published to that warp. Without `with_weights`, `weight` is left alone.
-  DEVICE void build(const SlotExperts& slots, const SlotWeights& weights, bool with_weights, int num_tokens,
-                    int top_k) {
+  // By one whole warp; published to that warp. `weight` (may be null) gets, at a * num_tokens + token, the sum of the
+  // weights of the token's slots that name expert a.
+  DEVICE void build(const SlotExperts& slots, const SlotWeights& weights, float* weight, int num_tokens, int top_k) {
     const int lane = threadIdx.x % 32, num_slots = num_tokens * top_k;
     int expert[kSlotsPerLane], ranks[kSlotsPerLane];
     float slot_weight[kSlotsPerLane];
     load_slot_experts(slots, num_slots, expert);
 #pragma unroll
     for (int r = 0; r < kSlotsPerLane; ++r)
-      slot_weight[r] = with_weights && lane + 32 * r < num_slots ? weights.at(lane + 32 * r) : 0.f;
+      slot_weight[r] = weight && lane + 32 * r < num_slots ? weights.at(lane + 32 * r) : 0.f;
     experts.build(expert, ranks);
 #pragma unroll
     for (int r = 0; r < kSlotsPerLane; ++r) tokens[lane + 32 * r] = 0;
@@ -104,12 +102,12 @@ struct ActiveTokens {
       if (first) {
         atomicOr(&tokens[ranks[r]], 1u << token);
         slot[ranks[r]][token] = int16_t(i);
-        weight[i] = slot_weight[r];
+        if (weight) weight[ranks[r] * num_tokens + token] = slot_weight[r];
       }
       __syncwarp();
       // Repeated names, one after the other.
-      for (unsigned rest = __ballot_sync(~0u, ranks[r] >= 0 && !first); rest != 0; rest &= rest - 1) {
-        if (__ffs(rest) - 1 == lane) weight[slot[ranks[r]][token]] += slot_weight[r];
+      for (unsigned rest = __ballot_sync(~0u, weight && ranks[r] >= 0 && !first); rest != 0; rest &= rest - 1) {
+        if (__ffs(rest) - 1 == lane) weight[ranks[r] * num_tokens + token] += slot_weight[r];
         __syncwarp();
       }
     }

@@ -166,12 +166,13 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
   // Arrivals: all math threads and the producer's warp. Publishes the experts.
   named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
   const int num_tiles = fixed.experts.count * p.num_tiles;
-  float scales, next_scales = 0.f;
-  const auto load_scales = [&](int t, int stage) {
+  const auto find = [&](int i) -> ScaleQueue::Place {
+    const int t = int(blockIdx.x) + i * int(gridDim.x);
+    if (t >= num_tiles) return {-1, 0};
     const Tile tile = tile_at(p, fixed.experts, t, gated);
-    next_scales = share.load_scales(s, tile.expert, share.group() == 0 ? tile.first : tile.second, stage);
+    return {tile.expert, share.group() == 0 ? tile.first : tile.second};
   };
-  if (int(blockIdx.x) < num_tiles) load_scales(blockIdx.x, 0);
+  ScaleQueue scales(s, share, find);
   tokens.finish();
   // Arrivals: all math threads and the finishing warp. Publishes the tokens and who names them.
   named_barrier_sync(kTokensBarrier, kDecodeMathThreads + 32);
@@ -182,12 +183,10 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     for (int i = 0; i < 2; ++i)
       token_scale[n][i] = x_scale + min(n * 8 + lane % 4 * 2 + i, p.num_tokens - 1) * scale_pitch(s.k_blocks);
   }
-  int stage = 0;  // the tile's first, of all
+  int number = 0, stage = 0;  // of this CTA's tiles; the tile's first, of all stages
   RingCursor ring_at;
   PipelineCursor<kTileBuffers> sums_at;
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, stage += s.steps, sums_at.advance()) {
-    scales = next_scales;
-    if (t + int(gridDim.x) < num_tiles) load_scales(t + gridDim.x, stage + s.steps);
     float sums[kTokenTiles][4] = {};
     RingCursor at = ring_at;
     at.advance(s.stages, share.first_step(stage));
@@ -208,6 +207,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
       at.advance(s.stages, StageShares::kTeams);
     }
     ring_at.advance(s.stages, s.steps);
+    scales.advance(s, share, find, ++number);
     fixed.sums.wait_empty(sums_at);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     named_barrier_arrive(kExpertsBarrier, kDecodeMathThreads + 32);
     if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p, gated);
   } else if (warp == kFinishThread / 32) {
-    fixed.active.build(p.slots, {}, false, p.num_tokens, p.top_k);
+    fixed.active.build(p.slots, {}, nullptr, p.num_tokens, p.top_k);
     named_barrier_arrive(kTokensBarrier, kDecodeMathThreads + 32);
     finish<kTokenTiles>(fixed, reinterpret_cast<const float*>(memory + layout.partial), p, gated);
   } else {

@@ -79,24 +79,24 @@ DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* 
 }
 
 template <int kTokenTiles>
-DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_scale, float* partial,
-                     const DecodeGemm2Parameters& p) {
+DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_scale, const float* token_weight,
+                     float* partial, const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = p.slice_rows / 16;
   const WarpShare share(s, p.slice_rows);
   const ActiveTokens& active = fixed.active;
   const int count = active.experts.count;
-  int stage = 0;  // the expert's first, of all
+  const auto find = [&](int i) -> ScaleQueue::Place {
+    const int slice = i / max(count, 1), first = (int(blockIdx.x) + slice * int(gridDim.x)) * p.slice_rows;
+    if (count == 0 || first >= p.hidden) return {-1, 0};
+    return {active.experts.expert[i - slice * count], first};
+  };
+  ScaleQueue scales(s, share, find);
+  int number = 0, stage = 0;  // of this CTA's experts; the expert's first, of all stages
   RingCursor ring_at, h_at;
   for (int first = blockIdx.x * p.slice_rows; first < p.hidden; first += gridDim.x * p.slice_rows) {
     float sums[kTokenTiles][4] = {};
-    const auto load_scales = [&](int a, int its_stage) {
-      return a < count ? share.load_scales(s, active.experts.expert[a], first, its_stage) : 0.f;
-    };
-    float scales, next_scales = load_scales(0, stage);
     for (int a = 0; a < count; ++a, stage += s.steps, h_at.advance(p.h_buffers)) {
-      scales = next_scales;
-      next_scales = load_scales(a + 1, stage + s.steps);
       fixed.h.wait_full(h_at);
       if (const int first_step = share.first_step(stage); first_step < s.steps) {
         // Routing weights and scales of this thread's two tokens of a tile. NOTE: a token that is not routed here is
@@ -110,7 +110,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
           for (int i = 0; i < 2; ++i) {
             const int token = n * 8 + lane % 4 * 2 + i;
             routed[n][i] = active.names(a, token);
-            weight[n][i] = routed[n][i] ? active.weight[active.slot[a][token]] : 0.f;
+            weight[n][i] = token_weight[a * p.num_tokens + min(token, p.num_tokens - 1)];
             row_scale[n][i] = h_scale + h_at.stage * (scales_bytes(s.k_blocks, p.num_tokens) / 4) +
                               min(token, p.num_tokens - 1) * scale_pitch(s.k_blocks);
           }
@@ -140,6 +140,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
         }
       }
       ring_at.advance(s.stages, s.steps);
+      scales.advance(s, share, find, ++number);
       __syncwarp();
       if (lane == 0) fixed.h.release(h_at);
     }
@@ -158,8 +159,8 @@ template <int kTokenTiles>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_gemm2(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm2Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
-  const DecodeGemm2Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, kTokenTiles,
-                                 p.h_buffers);
+  const DecodeGemm2Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, p.top_k,
+                                 kTokenTiles, p.h_buffers);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     fixed.experts.build(expert, ranks);
     if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p);
   } else if (warp == kRowsThread / 32) {
-    fixed.active.build(p.slots, p.weights, true, p.num_tokens, p.top_k);
+    fixed.active.build(p.slots, p.weights, reinterpret_cast<float*>(memory + layout.weight), p.num_tokens, p.top_k);
     named_barrier_arrive(kReadyBarrier, kDecodeMathThreads + 32);
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -186,6 +187,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     named_barrier_sync(kReadyBarrier, kDecodeMathThreads + 32);
     multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.h),
                           reinterpret_cast<const float*>(memory + layout.h_scale),
+                          reinterpret_cast<const float*>(memory + layout.weight),
                           reinterpret_cast<float*>(memory + layout.partial), p);
   }
 }

@@ -91,30 +91,66 @@ class WarpShare {
   // kTeams later.
   DEVICE int first_step(int stage) const { return (team_ - stage) & (StageShares::kTeams - 1); }
 
-  // The scales of the K blocks of this warp in such a tile, lane by lane in the order of use. Read a tile ahead.
-  DEVICE float load_scales(const WeightStream& stream, int expert, int row, int stage) const {
-    const int lane = threadIdx.x % 32, round = lane / blocks_;
-    const int step = first_step(stage) + round * StageShares::kTeams,
-              in_stage = part_ + (lane - round * blocks_) * shares_.split;
-    const int chunk = step * stream.chunks + in_stage;
-    if (step >= stream.steps || in_stage >= stream.chunks || chunk >= stream.k_blocks) return 0.f;
-    return __ldg(stream.scale + (int64_t(expert) * (stream.rows / 128) + row / 128) * stream.k_blocks + chunk);
-  }
-
-  // Calls use(K block, its place in the stage, its scale) for this warp's blocks of its `round`-th stage of a tile.
-  template <class Use>
-  DEVICE void for_blocks(const WeightStream& stream, int step, int round, float scales, const Use& use) const {
+  // Calls use(K block, its place in the stage, its scale) for this warp's blocks of the stage at `step`, its `round`-th
+  // of the tile that `scales` is at.
+  template <class Scales, class Use>
+  DEVICE void for_blocks(const WeightStream& stream, int step, int round, const Scales& scales, const Use& use) const {
     for (int i = 0; i < blocks_; ++i) {
       const int in_stage = part_ + i * shares_.split, chunk = step * stream.chunks + in_stage;
       if (in_stage >= stream.chunks || chunk >= stream.k_blocks) return;
-      use(chunk, in_stage, __shfl_sync(~0u, scales, round * blocks_ + i));
+      use(chunk, in_stage, scales.at(round * blocks_ + i));
     }
   }
 
  private:
+  friend class ScaleQueue;
   StageShares shares_;
   int blocks_;  // of a stage
   int group_, part_, team_;
+};
+
+// A warp's weight scales, tile after tile in the order of use: 32 at a time, one a lane, read 32 ahead.
+class ScaleQueue {
+ public:
+  // find(tile number) gives the expert and the row of a tile's weights, an expert of -1 after the last one.
+  struct Place {
+    int expert, row;
+  };
+  template <class Find>
+  DEVICE ScaleQueue(const WeightStream& stream, const WarpShare& share, const Find& find)
+      : tile_blocks_(share.shares_.blocks_of_tile(stream.chunks, stream.steps)), batch_(32 / tile_blocks_) {
+    now_ = load(stream, share, find, 0);
+    next_ = load(stream, share, find, batch_);
+  }
+  // Goes on to the next tile, number `tile`.
+  template <class Find>
+  DEVICE void advance(const WeightStream& stream, const WarpShare& share, const Find& find, int tile) {
+    if (++in_batch_ < batch_) return;
+    in_batch_ = 0;
+    now_ = next_;
+    next_ = load(stream, share, find, tile + batch_);
+  }
+  DEVICE float at(int block) const { return __shfl_sync(~0u, now_, in_batch_ * tile_blocks_ + block); }
+
+ private:
+  template <class Find>
+  DEVICE float load(const WeightStream& stream, const WarpShare& share, const Find& find, int first) const {
+    const int lane = threadIdx.x % 32, in_batch = lane / tile_blocks_, block = lane - in_batch * tile_blocks_;
+    if (in_batch >= batch_) return 0.f;
+    const int tile = first + in_batch, round = block / share.blocks_;
+    const int step = share.first_step(tile * stream.steps) + round * StageShares::kTeams;
+    const int in_stage = share.part_ + (block - round * share.blocks_) * share.shares_.split;
+    const int chunk = step * stream.chunks + in_stage;
+    if (step >= stream.steps || in_stage >= stream.chunks || chunk >= stream.k_blocks) return 0.f;
+    const Place place = find(tile);
+    if (place.expert < 0) return 0.f;
+    return __ldg(stream.scale + (int64_t(place.expert) * (stream.rows / 128) + place.row / 128) * stream.k_blocks +
+                 chunk);
+  }
+
+  int tile_blocks_, batch_;  // blocks of this warp in a tile; tiles whose blocks are held at a time
+  int in_batch_ = 0;
+  float now_, next_;
 };
 
 using DecodeGemm1Kernel = void (*)(CUtensorMap, DecodeGemm1Parameters);

@@ -29,7 +29,7 @@ struct StageShares {
   int groups, split;
   HOST_DEVICE explicit StageShares(int rows) : groups(rows / 16), split(kDecodeWarps / kTeams / groups) {}
   HOST_DEVICE int warps() const { return groups * split; }  // of a team
-  // K blocks of a stage and of a tile that one warp multiplies, at most: each lane holds the scale of one.
+  // K blocks of a stage and of a tile that one warp multiplies, at most: at most 32.
   HOST_DEVICE int blocks_of_stage(int chunks) const { return (chunks + split - 1) / split; }
   HOST_DEVICE int blocks_of_tile(int chunks, int steps) const {
     return (steps + kTeams - 1) / kTeams * blocks_of_stage(chunks);
@@ -60,12 +60,15 @@ struct DecodeGemm1Layout {
 struct DecodeGemm2Layout {
   uint32_t h, h_scale;  // the same, h_buffers times
   uint32_t partial;     // f32 [kDecodeWarps][token_tiles][128]
+  uint32_t weight;      // f32 [slots, T]: of an active expert and a token
   uint32_t fixed, bytes;
-  HOST_DEVICE DecodeGemm2Layout(uint32_t ring_bytes, int k_blocks, int num_tokens, int token_tiles, int h_buffers) {
+  HOST_DEVICE DecodeGemm2Layout(uint32_t ring_bytes, int k_blocks, int num_tokens, int top_k, int token_tiles,
+                                int h_buffers) {
     h = ring_bytes;
     h_scale = h + h_buffers * tokens_bytes(k_blocks, num_tokens);
     partial = h_scale + h_buffers * scales_bytes(k_blocks, num_tokens);
-    fixed = partial + partial_bytes(token_tiles);
+    weight = partial + partial_bytes(token_tiles);
+    fixed = weight + (num_tokens * top_k * num_tokens * 4 + 15) / 16 * 16;
     bytes = fixed + kDecodeFixedBytes;
   }
 };
