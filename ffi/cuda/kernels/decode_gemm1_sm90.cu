@@ -38,7 +38,7 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
     const int y = tile.expert * s.expert_y, z = tile.expert * s.expert_z;
     for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
       fixed.ring.wait_empty(at);
-      const uint32_t full = fixed.ring.full_address(at.stage), to = ring + at.stage * s.stage_bytes;
+      const uint32_t full = fixed.ring.full_address(at.stage()), to = ring + at.stage() * s.stage_bytes;
       mbarrier_arrive_expect(full, s.stage_bytes);
       tma_load_3d(to, map, 0, y + tile.first, z + step * s.chunks, full);
       tma_load_3d(to + s.stage_bytes / 2, map, 0, y + tile.second, z + step * s.chunks, full);
@@ -125,7 +125,7 @@ DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Paramete
     for (int n = 0; n < kTokenTiles; ++n) {
       float sums[2][4] = {};  // of the two groups: rows r and r + 8, tokens t and t + 1
       const float4* from =
-          reinterpret_cast<const float4*>(partial) + (at.stage * kDecodeWarps * kTokenTiles + n) * 32 + lane;
+          reinterpret_cast<const float4*>(partial) + (at.stage() * kDecodeWarps * kTokenTiles + n) * 32 + lane;
 #pragma unroll
       for (int w = 0; w < kDecodeWarps; ++w) {
         const float4 v = from[w * kTokenTiles * 32];
@@ -192,7 +192,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     at.advance(s.stages, share.first_step(stage));
     for (int step = share.first_step(stage), round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
       fixed.ring.wait_full(at);
-      const uint32_t rows = ring + at.stage * s.stage_bytes + share.group() * s.chunks * 2048;
+      const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * s.chunks * 2048;
       share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
         float product[kTokenTiles][4];
         multiply_chunk(product, rows + in_stage * 2048, x + chunk * 128, token_pitch(s.k_blocks), p.num_tokens - 1);
@@ -211,10 +211,10 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     fixed.sums.wait_empty(sums_at);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)
-      reinterpret_cast<float4*>(partial)[((sums_at.stage * kDecodeWarps + warp) * kTokenTiles + n) * 32 + lane] =
+      reinterpret_cast<float4*>(partial)[((sums_at.stage() * kDecodeWarps + warp) * kTokenTiles + n) * 32 + lane] =
           make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(fixed.sums.full_address(sums_at.stage));
+    if (lane == 0) mbarrier_arrive(fixed.sums.full_address(sums_at.stage()));
   }
 }
 

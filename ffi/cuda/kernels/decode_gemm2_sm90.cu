@@ -28,9 +28,9 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
       const int expert = fixed.experts.expert[a];
       for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
         fixed.ring.wait_empty(at);
-        const uint32_t full = fixed.ring.full_address(at.stage);
+        const uint32_t full = fixed.ring.full_address(at.stage());
         mbarrier_arrive_expect(full, s.stage_bytes);
-        tma_load_3d(ring + at.stage * s.stage_bytes, map, 0, expert * s.expert_y + row,
+        tma_load_3d(ring + at.stage() * s.stage_bytes, map, 0, expert * s.expert_y + row,
                     expert * s.expert_z + step * s.chunks, full);
       }
     }
@@ -46,14 +46,14 @@ DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGe
     for (int a = 0; a < active.experts.count; ++a, at.advance(p.h_buffers)) {
       fixed.h.wait_empty(at);
       __syncwarp();  // NOTE: a lane still waiting would miss the phase that the next fill completes
-      const uint32_t full = fixed.h.full_address(at.stage);
+      const uint32_t full = fixed.h.full_address(at.stage());
       if (lane == 0) mbarrier_arrive_expect(full, __popc(active.tokens[a]) * (k_blocks * 128 + scale_bytes));
       __syncwarp();
       if (!active.names(a, lane)) continue;
       const int slot = active.slot[a][lane];
-      bulk_load(h + at.stage * tokens_bytes(k_blocks, p.num_tokens) + lane * token_pitch(k_blocks),
+      bulk_load(h + at.stage() * tokens_bytes(k_blocks, p.num_tokens) + lane * token_pitch(k_blocks),
                 p.h + int64_t(slot) * k_blocks * 128, k_blocks * 128, full);
-      bulk_load(h_scale + at.stage * scales_bytes(k_blocks, p.num_tokens) + lane * scale_bytes,
+      bulk_load(h_scale + at.stage() * scales_bytes(k_blocks, p.num_tokens) + lane * scale_bytes,
                 p.h_scale + slot * scale_pitch(k_blocks), scale_bytes, full);
     }
   }
@@ -111,16 +111,16 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
             const int token = n * 8 + lane % 4 * 2 + i;
             routed[n][i] = active.names(a, token);
             weight[n][i] = token_weight[a * p.num_tokens + min(token, p.num_tokens - 1)];
-            row_scale[n][i] = h_scale + h_at.stage * (scales_bytes(s.k_blocks, p.num_tokens) / 4) +
+            row_scale[n][i] = h_scale + h_at.stage() * (scales_bytes(s.k_blocks, p.num_tokens) / 4) +
                               min(token, p.num_tokens - 1) * scale_pitch(s.k_blocks);
           }
         }
-        const uint32_t codes = h + h_at.stage * tokens_bytes(s.k_blocks, p.num_tokens);
+        const uint32_t codes = h + h_at.stage() * tokens_bytes(s.k_blocks, p.num_tokens);
         RingCursor at = ring_at;
         at.advance(s.stages, first_step);
         for (int step = first_step, round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
           fixed.ring.wait_full(at);
-          const uint32_t rows = ring + at.stage * s.stage_bytes + share.group() * 2048;
+          const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * 2048;
           share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
             float product[kTokenTiles][4];
             multiply_chunk(product, rows + in_stage * groups * 2048, codes + chunk * 128, token_pitch(s.k_blocks),

@@ -63,16 +63,21 @@ struct DecodeGemm2Parameters {
 };
 
 // Position in a ring whose number of stages is known at run time.
-struct RingCursor {
-  int stage = 0;
-  uint32_t parity = 0;
+class RingCursor {
+ public:
+  DEVICE int stage() const { return stage_; }
+  DEVICE uint32_t parity() const { return parity_; }
   DEVICE void advance(int stages, int by = 1) {
-    stage += by;
-    while (stage >= stages) {
-      stage -= stages;
-      parity ^= 1;
+    stage_ += by;
+    while (stage_ >= stages) {
+      stage_ -= stages;
+      parity_ ^= 1;
     }
   }
+
+ private:
+  int stage_ = 0;
+  uint32_t parity_ = 0;
 };
 
 // A math warp's part of the stages, in the order of the ring.

@@ -52,6 +52,7 @@ struct GemmSharedMemory {
   uint8_t staging[kMathWarpgroups][Epilogue::kStagingBytes];
   float a_scale[kNumStages][kScaleBoxPitch];
   PipelineBarriers<kNumStages> barriers;
+  TileQueue tiles;
 };
 
 using GemmCursor = PipelineCursor<kNumStages>;
@@ -67,8 +68,8 @@ DEVICE int b_row(const GemmShape& shape, const Tile& tile, int half) {
 template <class Shared>
 DEVICE void load_b(Shared& shared, const GemmCursor& at, const CUtensorMap* b_map, const GemmShape& shape,
                    const Tile& tile, int k, uint32_t other_bytes) {
-  auto& stage = shared.stages[at.stage];
-  const uint32_t full = shared.barriers.full_address(at.stage);
+  auto& stage = shared.stages[at.stage()];
+  const uint32_t full = shared.barriers.full_address(at.stage());
   mbarrier_arrive_expect(full, sizeof(stage.b) + other_bytes);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -88,10 +89,10 @@ struct TmaA {
 
   template <class Shared>
   DEVICE void load(Shared& shared, const GemmCursor& at, const Tile& tile, int k) const {
-    const uint32_t full = shared.barriers.full_address(at.stage), to = smem_address(shared.stages[at.stage].a);
+    const uint32_t full = shared.barriers.full_address(at.stage()), to = smem_address(shared.stages[at.stage()].a);
     for (int box = 0; box < boxes(tile); ++box)
       tma_load_2d(to + box * kBoxRows * kBlockK, map, k * kBlockK, tile.row0 + box * kBoxRows, full);
-    tma_load_2d(smem_address(shared.a_scale[at.stage]), scale_map, tile.row0 & ~3, k, full);
+    tma_load_2d(smem_address(shared.a_scale[at.stage()]), scale_map, tile.row0 & ~3, k, full);
   }
 };
 
@@ -104,18 +105,19 @@ DEVICE void produce(Shared& shared, const TmaA& a, const CUtensorMap* b_map, con
   prefetch_tensor_map(a.scale_map);
   prefetch_tensor_map(b_map);
   GemmCursor at;
-  const int num_tiles = schedule.num_tiles();
+  TileTaker taker(schedule);
+  Tile tile = taker.peek();
   int early = 0;  // stages of the first tile that have their weights already
-  if (int(blockIdx.x) < num_tiles) {
-    const Tile tile = schedule.tile(blockIdx.x);
+  if (tile.rows > 0) {
     GemmCursor ahead;
     for (; early < min(kNumStages, shape.k_blocks); ++early, ahead.advance())
       load_b(shared, ahead, b_map, shape, tile, early, a.bytes(tile));
   }
   wait_for_previous_kernel();
   let_next_kernel_start();
-  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
-    const Tile tile = schedule.tile(t);
+  TileReader reader;
+  taker.tell(shared.tiles);
+  while ((tile = reader.next_alone(shared.tiles)).rows > 0) {
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       if (early > 0) {
         --early;
@@ -124,6 +126,7 @@ DEVICE void produce(Shared& shared, const TmaA& a, const CUtensorMap* b_map, con
         load_b(shared, at, b_map, shape, tile, k, a.bytes(tile));
       }
       a.load(shared, at, tile, k);
+      if (k == 0) taker.tell(shared.tiles);
     }
   }
 }
@@ -140,13 +143,14 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
   const auto announce = [&] {
     // NOTE: cp.async writes through the generic proxy; without the fence wgmma may read what was there before.
     fence_proxy_async();
-    mbarrier_arrive(shared.barriers.full_address(landed.stage));
+    mbarrier_arrive(shared.barriers.full_address(landed.stage()));
     landed.advance();
   };
   const int piece = thread % 8, pass_row = thread / 8;  // 16 bytes of a 128-byte row
-  const int num_tiles = schedule.num_tiles();
-  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
-    const Tile tile = schedule.tile(t);
+  TileTaker taker(schedule);
+  TileReader reader;
+  if (thread == 0) taker.tell(shared.tiles);
+  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
     uint32_t source[kPasses];  // in 16-byte pieces, so that 2^36 bytes are in reach
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
@@ -159,7 +163,7 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       shared.barriers.wait_empty(at);
       if (thread == 0) load_b(shared, at, b_map, shape, tile, k, 0);
-      const uint32_t a = smem_address(shared.stages[at.stage].a);
+      const uint32_t a = smem_address(shared.stages[at.stage()].a);
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const int row = pass_row + kRowsPerPass * i;
@@ -167,8 +171,9 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
         if (kRowsPerPass * i < tile.rows)
           cp_async_16(WarpgroupContext::swizzled(a, row, piece), gather.source + (uint64_t(source[i]) + k * 8) * 16);
       }
-      if (has_scale) cp_async_4(smem_address(&shared.a_scale[at.stage][thread]), scale + k * gather.block_stride);
+      if (has_scale) cp_async_4(smem_address(&shared.a_scale[at.stage()][thread]), scale + k * gather.block_stride);
       cp_async_commit();
+      if (k == 0 && thread == 0) taker.tell(shared.tiles);
       if (in_flight == kInFlight) {
         cp_async_wait<kInFlight>();
         announce();
@@ -183,14 +188,12 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
 
 // A math warpgroup: 64 rows x 256 columns of every tile, one 64 x 128 accumulator reused for the two halves.
 template <bool kGathered, class Epilogue, class Shared>
-DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule& schedule, const Epilogue& epilogue,
-                     int warpgroup, int thread) {
+DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epilogue, int warpgroup, int thread) {
   GemmCursor at;
   WarpgroupContext wg{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])};
   const int first_row = warpgroup * kWarpgroupRows;
-  const int num_tiles = schedule.num_tiles();
-  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
-    const Tile tile = schedule.tile(t);
+  TileReader reader;
+  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
     if (first_row >= tile.rows) {  // nothing to do here but to free the stages
       for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
         shared.barriers.wait_full(at);
@@ -202,25 +205,26 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule&
     wg.rows = min(tile.rows - first_row, kWarpgroupRows);
     wg.row0 = tile.row0 + first_row;
     const int scales_before = kGathered ? 0 : tile.row0 % 4;  // of the tile's in their box
-    const float* b_scale[2];
+    uint32_t b_scale[2];                                      // in shape.b_scale; no pointers, for registers' sake
     float scale_b[2], sums[2][64], acc[64];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile.expert * shape.rows_per_expert + b_row(shape, tile, half);
-      b_scale[half] = shape.b_scale + int64_t(row / 128) * shape.k_blocks;
-      scale_b[half] = __ldg(b_scale[half]);
+      b_scale[half] = uint32_t(row / 128) * uint32_t(shape.k_blocks);
+      scale_b[half] = __ldg(shape.b_scale + b_scale[half]);
 #pragma unroll
       for (int i = 0; i < 64; ++i) sums[half][i] = 0.f;
     }
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       float next_scale_b[2];  // a K block ahead of its use: a global load's latency is about a K block
 #pragma unroll
-      for (int half = 0; half < 2; ++half) next_scale_b[half] = __ldg(b_scale[half] + min(k + 1, shape.k_blocks - 1));
+      for (int half = 0; half < 2; ++half)
+        next_scale_b[half] = __ldg(shape.b_scale + (b_scale[half] + min(k + 1, shape.k_blocks - 1)));
       shared.barriers.wait_full(at);
-      const auto& stage = shared.stages[at.stage];
+      const auto& stage = shared.stages[at.stage()];
       const uint64_t a = wgmma_descriptor(smem_address(stage.a) + first_row * kBlockK);
       const uint32_t a_scale =
-          smem_address(shared.a_scale[at.stage]) + (scales_before + first_row + wg.fragment_row()) * 4;
+          smem_address(shared.a_scale[at.stage()]) + (scales_before + first_row + wg.fragment_row()) * 4;
       float scale_a[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -252,6 +256,7 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule&
         scale_b[half] = next_scale_b[half];
       }
     }
+    hide(wg.thread);  // the epilogue's addresses are not for the loop to carry
     epilogue.run(wg, sums, tile);
   }
 }

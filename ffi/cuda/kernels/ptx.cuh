@@ -197,6 +197,8 @@ DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Keeps the compiler from computing ahead of a loop, and holding in registers, what depends on x.
+DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
 // Keeps the compiler from moving accesses of accumulators across this point.
 template <int kCount>
 DEVICE void register_fence(float (&x)[kCount]) {

@@ -117,6 +117,7 @@ DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
 DEVICE void wgmma_fence() { emulation::fence_wgmma(); }
 DEVICE void wgmma_commit() { emulation::commit_wgmma(); }
 DEVICE void wgmma_wait() { emulation::wait_wgmma(); }
+DEVICE void hide(int&) {}
 template <int kCount>
 DEVICE void register_fence(float (&)[kCount]) {}
 DEVICE void wgmma_m64n128k32_e4m3(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
