@@ -36,7 +36,6 @@ struct Workspace {
   int32_t* expert_offsets;                // [L + 1]           first permuted row of each local expert
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks]
   int32_t* num_m_blocks;                  // [1]
-  int32_t* tickets;                       // [2]               tiles taken of each GEMM
   MBlock* m_blocks;                       // [T*K/128 + L + 1]
   float* permuted_x_scale;                // [H/128, scale_stride]
   uint8_t* h;      // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
