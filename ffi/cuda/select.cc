@@ -36,6 +36,7 @@ Config Select(const Problem& p, int num_sms) {
 }
 
 std::string Explain(const Problem& p, int num_sms) {
+  if (p.mx()) return std::string("no kernels: ") + kNoMxFp8 + "\n";
   const Config c = Select(p, num_sms);
   std::ostringstream text;
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
