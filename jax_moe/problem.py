@@ -121,7 +121,9 @@ class Problem:
         blocks = hidden // (MX_SCALE_BLOCK if options.is_mx else SCALE_BLOCK)
         if scale_is_token_major is None:
             scale_is_token_major = options.is_mx and not _is_block_major(arrays, tokens, blocks)
-        strides = scale_strides or ((blocks, 1) if scale_is_token_major else (tokens, 1))
+        block_stride, token_stride = scale_strides or ((blocks, 1) if scale_is_token_major else (tokens, 1))
+        if scale_is_token_major:
+            block_stride, token_stride = token_stride, block_stride
         weights = arrays.get("topk_weights")
         if weights is not None:
             _array(function, arrays, "topk_weights", 2, ("bfloat16", "float32"), "[num_tokens, top_k]")
@@ -135,7 +137,8 @@ class Problem:
             int(local_expert_offset) if is_int(local_expert_offset) else 0,
             DataType.NONE if weights is None else DTYPES[weights.dtype],
             DTYPES[x.dtype],
-            *(reversed(strides) if scale_is_token_major else strides),
+            block_stride,
+            token_stride,
             _weights_scale_rows(arrays, rows) if options.is_mx else SCALE_BLOCK,
             options.fp8_quantization_type,
             options.activation_type,

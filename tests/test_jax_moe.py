@@ -38,7 +38,9 @@ AGAINST_REFERENCE = (
     "t0 t1 t53 k1 k32 e300 routing_mixed_window window_1_2 h384_i384 bf16_t0 bf16_t53 unfinalized_t0 "
     "unfinalized_window unfinalized_nothing_local unfinalized_bf16 extreme_nan_x_bf16 geglu relu2 identity alpha beta "
     "clamp alpha_beta_clamp_e300 shuffled blocked blocked_shuffled apart_bf16 apart_f32_t0 apart_f32_e300 "
-    "apart_garbage lora lora_t0 lora_e300 lora_unfinalized lora_identity_one_expert jax_small_all"
+    "apart_garbage lora lora_t0 lora_e300 lora_unfinalized lora_identity_one_expert jax_small_all mx mx_t0 mx_t8 "
+    "mx_block_major mx_grid mx_e8m0 mx_bf16 mx_shuffled mx_shuffled_grid mx_relu2_e300 mx_alpha_beta_clamp "
+    "mx_lora_unfinalized mx_lora_unfinalized_t0 jax_small_mx_e8m0 jax_small_mx_all extreme_mx_far_scales"
 ).split()
 
 
@@ -69,7 +71,9 @@ def test_shapes_are_known_without_running(case: cases.Case) -> None:
     if case.lora or not case.do_finalize:
         expected.append(((slots,), jnp.int32))
     if case.lora:
-        expected += [((slots, inter), jnp.uint8), ((inter // 128, -(-slots // 4) * 4), jnp.float32)]
+        scale = (inter // 128, -(-slots // 4) * 4)
+        expected.append(((slots, inter), jnp.uint8))
+        expected.append(((*scale, 4), jnp.uint8) if case.mx else (scale, jnp.float32))
     returned = abstract if isinstance(abstract, tuple) else (abstract,)
     assert [(x.shape, x.dtype) for x in returned] == expected
 
