@@ -122,7 +122,9 @@ def mxfp8_dequantize(codes: ArrayLike, scale: ArrayLike, is_sf_swizzled_layout: 
     codes, scale = _mx_codes("mxfp8_dequantize", codes, scale)
     *lead, rows, columns = codes.shape if codes.ndim >= 2 else (0, 0)
     blocks = columns // MX_SCALE_BLOCK
-    shapes = [(*lead, rows, blocks), (*lead, rows // MX_SCALE_BLOCK, blocks)]
+    shapes = [(*lead, rows, blocks)]
+    if rows % MX_SCALE_BLOCK == 0:
+        shapes.append((*lead, rows // MX_SCALE_BLOCK, blocks))
     if is_sf_swizzled_layout:
         shapes = [(*lead, _padded(rows, layout.SCALE_ROWS) * _padded(blocks, layout.SCALE_COLUMNS))]
     if codes.ndim < 2 or columns % MX_SCALE_BLOCK or scale.shape not in shapes:

@@ -244,22 +244,6 @@ def test_a_layout_changes_no_bit(name):
             assert_same_results(Call(case).run(), expected)
 
 
-@pytest.mark.parametrize("name", ["mx", "mx_relu2", "mx_lora_unfinalized", "mx_garbage_window"])
-def test_a_layout_of_mxfp8_changes_no_bit(name):
-    """Weights shuffled or not, scales in every order and dtype, and a grid as the rows that it stands for."""
-    plain = CASES[name]
-    expected = Call(plain).run()
-    scales = [{}, {"scale_order": "padded"}, {"scale_order": "block_major"}, {"scale_dtype": "float8_e8m0fnu"}]
-    for change in (change | {"shuffled": shuffled} for change in scales for shuffled in (False, True)):
-        assert_same_results(Call(dataclasses.replace(plain, **change)).run(), expected)
-    grid = dataclasses.replace(plain, scale_rows=32)
-    expected = Call(grid).run()
-    assert_same_results(Call(dataclasses.replace(grid, shuffled=True)).run(), expected)
-    given = cases.arrays(grid)
-    rows = {f"{w}_scale": given[f"{w}_scale"].repeat(32, axis=1) for w in ("gemm1_weights", "gemm2_weights")}
-    assert_same_results(Call(plain, given | rows).run(), expected)
-
-
 def test_parameters_of_one_zero_and_no_limit_change_no_bit():
     case = CASES["alpha_beta_clamp"]
     given = cases.arrays(case)
