@@ -252,6 +252,24 @@ def test_exported_program_runs_for_any_number_of_tokens(strict: bool, form: str)
         assert_same(exported.module()(given), layer(given), case)
 
 
+def test_a_block_major_scale_of_mxfp8_is_exported_for_more_tokens_than_blocks() -> None:
+    """A square one would be the other order."""
+    form = FORMS["mx_block_major"]
+    layer, given = Layer(form), activations(form)
+    blocks = form.hidden // 32
+    for least, taken in ((0, False), (blocks + 1, True)):
+        case = dataclasses.replace(form, tokens=2 * blocks)
+        tokens = torch.export.Dim("tokens", min=least, max=1 << 20)
+        shapes = ({name: {tokens_dimension(name, form): tokens} for name in given},)
+        if taken:
+            exported = torch.export.export(layer, (activations(case),), dynamic_shapes=shapes, strict=False)
+            more = activations(dataclasses.replace(form, tokens=129))
+            assert_same(exported.module()(more), layer(more), form)
+        else:
+            with pytest.raises(Exception, match="tokens"):
+                torch.export.export(layer, (activations(case),), dynamic_shapes=shapes, strict=False)
+
+
 @pytest.mark.parametrize("form", RESULTS)
 def test_exported_program_survives_a_file(form: str) -> None:
     if torch.float8_e4m3fn not in torch._export.serde.serialize._TORCH_TO_SERIALIZE_DTYPE:

@@ -11,7 +11,7 @@ struct WeightMatrix {
   int64_t k_blocks;            // K/128
   int64_t row_stride;          // bytes
   int64_t k_stride;            // bytes from one 128 of K to the next
-  int64_t rows_a_lane;         // of the shuffle; 1: rows are in order
+  int lane_shift;              // the shuffle has 2^lane_shift rows a lane; 0: rows are in order
   int64_t interleaved_half;    // rows of a half, where up and gate rows take turns before they are shuffled; else 0
   int64_t weights_scale_rows;  // rows that share a scale
   bool mx;
@@ -24,9 +24,9 @@ struct WeightMatrix {
         k_blocks(columns / kScaleBlock),
         row_stride(problem.block_major_k() ? kScaleBlock : columns),
         k_stride(problem.block_major_k() ? rows * kScaleBlock : kScaleBlock),
-        rows_a_lane(!problem.use_shuffled_weight ? 1
-                    : problem.mx()               ? 4
-                                                 : 2),
+        lane_shift(!problem.use_shuffled_weight ? 0
+                   : problem.mx()               ? 2
+                                                : 1),
         interleaved_half(problem.use_shuffled_weight && problem.mx() && gated ? rows / 2 : 0),
         weights_scale_rows(problem.weights_scale_rows),
         mx(problem.mx()) {
@@ -35,12 +35,12 @@ struct WeightMatrix {
              expert * (rows / weights_scale_rows) * (columns / problem.scale_block()) * scale_bytes;
   }
 
-  // The row of memory that holds a logical row. The shuffle moves rows inside groups of 8 lanes: place n of a group
-  // takes row rows_a_lane * (n % 8) + n / 8.
+  // The row of memory that holds a logical row. The shuffle moves rows inside groups of 8 lanes: with r rows a lane,
+  // place n of a group takes row r * (n % 8) + n / 8.
   int64_t MemoryRow(int64_t row) const {
     if (interleaved_half) row = row < interleaved_half ? 2 * row : 2 * (row - interleaved_half) + 1;
-    const int64_t in_group = row % (8 * rows_a_lane);
-    return row - in_group + 8 * (in_group % rows_a_lane) + in_group / rows_a_lane;
+    const int64_t in_group = row & ((8 << lane_shift) - 1), in_lane = row & ((1 << lane_shift) - 1);
+    return row - in_group + 8 * in_lane + (in_group >> lane_shift);
   }
 
   // The 128 codes of a logical row.
@@ -56,8 +56,8 @@ struct WeightMatrix {
   // 128x4; a 32x32 grid is in order whatever the rows are.
   const uint8_t* MxScales(int64_t row, int64_t k_block) const {
     const auto* first = static_cast<const uint8_t*>(scales);
-    if (weights_scale_rows > 1 || rows_a_lane == 1)
-      return first + (row / weights_scale_rows * k_blocks + k_block) * kMxScales;
+    if (weights_scale_rows > 1) return first + (row / kMxScaleBlock * k_blocks + k_block) * kMxScales;
+    if (lane_shift == 0) return first + (row * k_blocks + k_block) * kMxScales;
     const int64_t n = MemoryRow(row);
     return first + (n / 128 * k_blocks + k_block) * 512 + n % 32 * 16 + n % 128 / 32 * 4;
   }
