@@ -13,7 +13,8 @@ enum class Fp8QuantizationType : int64_t { kNoneFp8 = 0, kDeepSeekFp8 = 1, kMxFp
 enum class ActivationType : int64_t { kSwiglu = 3, kGeglu = 4, kRelu2 = 6, kIdentity = 7 };
 enum class WeightLayout : int64_t { kMajorK = 0, kMajorMn = 1, kBlockMajorK = 2 };
 
-// Columns that share one scale with DeepSeekFp8 (float32) and with MxFp8 (E8M0: byte b is 2^(b - 127), 255 is NaN).
+// Columns that share one scale with DeepSeekFp8 (float32), also the K extent of a step of the GEMMs; and with MxFp8
+// (E8M0: byte b is 2^(b - 127), 255 is NaN).
 inline constexpr int64_t kScaleBlock = 128;
 inline constexpr int64_t kMxScaleBlock = 32;
 inline constexpr int64_t kMaxTopK = 32;

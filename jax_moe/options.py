@@ -42,7 +42,7 @@ class Options:
         topk_group: int | None = None,
         routed_scaling_factor: float | None = None,
     ) -> Options:
-        """Raises ValueError for what the contract forbids and NotImplementedError for what this build lacks."""
+        """Raises ValueError for what the contract forbids."""
         options = Options(
             parse_enum(function, "routing_method_type", RoutingMethodType, routing_method_type),
             _flag(function, "use_shuffled_weight", use_shuffled_weight),

@@ -59,11 +59,6 @@ def test_large_case(cuda: Cuda, case: Case) -> None:
         assert torch.equal(bits, view), f"{name} differs from run to run"
 
 
-def test_mxfp8_is_refused_with_what_to_do_instead(cuda: Cuda) -> None:
-    with pytest.raises(NotImplementedError, match="DeepSeekFp8 on a GPU in this version, got MxFp8; fold the weights"):
-        Call(CASES["mx"], memory=cuda).launch()
-
-
 @pytest.mark.parametrize("option", ["", "bf16", "relu2", "lora", "blocked_shuffled"])
 def test_every_number_of_tokens_around_the_tiles(cuda: Cuda, option: str) -> None:
     changes: dict[str, Any] = {"x_dtype": "bfloat16"} if option == "bf16" else cases.OPTIONS.get(option, {})
