@@ -27,6 +27,7 @@ inline constexpr int kMaxDecodeExperts = 4096;
 // A large call is routed in at most this many chunks of consecutive expanded indices.
 inline constexpr int kMaxRouteChunks = 128;
 
+// NOTE: with MxFp8 each float of a scale array holds four E8M0 bytes instead, those of its 4 x 32 columns in order.
 struct Workspace {
   uint8_t* x;                             // e4m3 [T, H]       quantised hidden_states (bf16 input only)
   float* x_scale;                         // [T, H/128]        its scales (bf16 input only)

@@ -249,9 +249,23 @@ def test_equal_values_of_other_types_are_told_apart() -> None:
     refused(ValueError, "local_expert_offset must be an integer, got False", num_experts=8, local_expert_offset=False)
 
 
-def test_mxfp8_is_not_implemented() -> None:
+def test_mxfp8_wants_scales_of_its_own() -> None:
     for value in (2, torch_calls.OtherQuantization.MxFp8):
-        refused(NotImplementedError, "fp8_quantization_type must be DeepSeekFp8 (1)", fp8_quantization_type=value)
+        words = "hidden_states_scale must be uint8[5,8] (or as float8_e8m0fnu), got float32[2,5]"
+        refused(ValueError, words, fp8_quantization_type=value)
+    words = "weight_layout must be MajorK (0) with MxFp8, got BlockMajorK (2)"
+    refused(ValueError, words, fp8_quantization_type=2, weight_layout=2)
+
+
+def test_words_on_scales_of_mxfp8() -> None:
+    mx = dataclasses.replace(CASE, **cases.MX)
+    given = torch_calls.arguments(mx)
+    words = "gemm2_weights_scale must be uint8[4,256,4] (or as float8_e8m0fnu), got uint8[4,8,4]; gemm1_weights_scale"
+    refused(ValueError, words, mx, gemm2_weights_scale=given["gemm2_weights_scale"][:, ::32].contiguous())
+    spread = torch.stack([given["gemm1_weights_scale"]] * 2, dim=-1)[..., 0]
+    refused(ValueError, must_be_contiguous("gemm1_weights_scale", spread), mx, gemm1_weights_scale=spread)
+    e8m0 = torch.zeros(2, 5, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    refused(ValueError, "hidden_states_scale must be float32[2,5], got float8_e8m0fnu[2,5]", hidden_states_scale=e8m0)
 
 
 @pytest.mark.parametrize("wrong, got", [(None, "NoneType"), ((1, 2, 3), "tuple of 3"), ([], "list of 0"), (5, "int")])

@@ -156,6 +156,7 @@ Status CheckStage(const char* stage, cudaStream_t stream) {
 
 Status Forward(const Problem& problem, const Buffers& buffers, int device, void* stream, int stages) {
   if (Status s = CheckBuffers(problem, buffers); !s.ok()) return s;
+  if (problem.mx()) return Status::Unsupported(kNoMxFp8);
   int num_sms = 0;
   if (Status s = CheckDevice(device, &num_sms); !s.ok()) return s;
   if (problem.num_tokens == 0) return {};

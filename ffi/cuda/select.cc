@@ -95,6 +95,7 @@ Config Select(const Problem& p, int num_sms) {
 }
 
 std::string Explain(const Problem& p, int num_sms) {
+  if (p.mx()) return std::string("no kernels: ") + kNoMxFp8 + "\n";
   const Config c = Select(p, num_sms);
   std::ostringstream text;
   if (const DecodeConfig& d = c.decode; d.used) {
