@@ -10,24 +10,32 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_moe import reference
+from jax_moe import native, reference
 
 # Against the reference's codes times scales: a value near the middle of two codes may take the other one.
 ACTIVATION = compare.Tolerance(1e-2, 0.25)
+ACTIVATION_14_BITS = compare.Tolerance(2e-2, 0.25)
 
 
 def assert_matches(
-    case: cases.Case, given: cases.Arrays, results: Mapping[str, NDArray], tokens: NDArray | None = None
+    case: cases.Case,
+    given: cases.Arrays,
+    results: Mapping[str, NDArray],
+    tokens: NDArray | None = None,
+    *,
+    on_hopper: bool = False,
 ) -> None:
     """`results` by the names of problem.OUTPUTS; of a large case only the chosen `tokens` are looked at.
 
     The map, where there is one, must be the reference's, and every permuted row that it names must be right.
     """
+    few = on_hopper and has_few_values_of_14_bits(case, given)
+    same_quantization = compare.FEW_VALUES_14_BITS if few else compare.SAME_QUANTIZATION
     if tokens is not None:
         results = _only(case, given, results, tokens)
     requantized = cases.expected(case, given, tokens)
     if "output" in results:
-        compare.assert_close(results["output"], requantized.output, "output")
+        compare.assert_close(results["output"], requantized.output, "output", same_quantization)
         if case.extreme == "none" and case.size == "small":
             exact = cases.expected(case, given, tokens, requantize=False)
             compare.assert_close(results["output"], exact.output, "output, unquantized", unquantized(case))
@@ -39,10 +47,17 @@ def assert_matches(
     assert np.array_equal(row_of, requantized.expanded_idx_to_permuted_idx), "expanded_idx_to_permuted_idx differs"
     rows = int(np.count_nonzero(row_of >= 0))
     if "gemm2_output" in results:
-        compare.assert_close(results["gemm2_output"][:rows], requantized.gemm2_output[:rows], "gemm2_output")
+        found, expected = results["gemm2_output"][:rows], requantized.gemm2_output[:rows]
+        compare.assert_close(found, expected, "gemm2_output", same_quantization)
     if "gemm1_activation_output" in results:
         codes, scale = results["gemm1_activation_output"], results["gemm1_activation_scale"][:, :rows]
-        assert_same_activation(codes[:rows].view(ml_dtypes.float8_e4m3fn), scale, requantized, rows)
+        tolerance = ACTIVATION_14_BITS if few else ACTIVATION
+        assert_same_activation(codes[:rows].view(ml_dtypes.float8_e4m3fn), scale, requantized, rows, tolerance)
+
+
+def has_few_values_of_14_bits(case: cases.Case, given: cases.Arrays) -> bool:
+    """Whether a GPU takes the kernels that multiply FP8 in tensor cores, for a case too small for errors to average."""
+    return case.size == "small" and "grouped_gemm" in native.explain(cases.problem(case, given))
 
 
 def unquantized(case: cases.Case) -> compare.Tolerance:
@@ -50,7 +65,13 @@ def unquantized(case: cases.Case) -> compare.Tolerance:
     return compare.UNQUANTIZED_MX if case.mx else compare.UNQUANTIZED
 
 
-def assert_same_activation(codes: NDArray, scale: NDArray, expected: reference.Result, rows: int) -> None:
+def assert_same_activation(
+    codes: NDArray,
+    scale: NDArray,
+    expected: reference.Result,
+    rows: int,
+    tolerance: compare.Tolerance = ACTIVATION,
+) -> None:
     """float8 codes [rows, I] and scale [I/128, rows], or E8M0 bytes [I/128, rows, 4]: scales, and codes times them."""
     expected_scale = expected.gemm1_activation_scale[:, :rows]
     if scale.dtype == np.uint8:
@@ -62,7 +83,7 @@ def assert_same_activation(codes: NDArray, scale: NDArray, expected: reference.R
             q.astype(np.float32) * factors(s, codes.shape[1])
             for q, s in ((codes, scale), (expected.gemm1_activation_output[:rows], expected_scale))
         )
-    compare.assert_close(actual, wanted, "gemm1_activation_output", ACTIVATION)
+    compare.assert_close(actual, wanted, "gemm1_activation_output", tolerance)
 
 
 def assert_same_exponents(scale: NDArray, expected: NDArray) -> None:

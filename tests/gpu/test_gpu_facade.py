@@ -47,7 +47,7 @@ def test_results_are_the_references(name: str, device: torch.device) -> None:
     assert all(result.device == device for result in by_name.values())
     found = {name: torch_calls.array(result.cpu()) for name, result in by_name.items()}
     found.pop("gemm1_activation_output", None)  # its scales are not returned
-    results.assert_matches(case, cases.arrays(case), found)
+    results.assert_matches(case, cases.arrays(case), found, on_hopper=True)
 
 
 def test_gemm1_activations_are_those_of_the_cpu(device: torch.device) -> None:
@@ -58,7 +58,7 @@ def test_gemm1_activations_are_those_of_the_cpu(device: torch.device) -> None:
         for given in (on(device, arguments), arguments)
     )
     values, wanted = (codes.view(torch.float8_e4m3fn).float().numpy() for codes in (found, expected))
-    compare.assert_close(values, wanted, "gemm1_activation_output", results.ACTIVATION)
+    compare.assert_close(values, wanted, "gemm1_activation_output", results.ACTIVATION_14_BITS)
 
 
 def test_unfinalized_maps_are_those_of_the_cpu(device: torch.device) -> None:
@@ -67,7 +67,8 @@ def test_unfinalized_maps_are_those_of_the_cpu(device: torch.device) -> None:
     y_cpu, weights_cpu, rows_cpu = torch_calls.function(**arguments)
     assert torch.equal(rows.cpu(), rows_cpu) and torch.equal(bits(weights), bits(weights_cpu))
     named = rows_cpu[rows_cpu >= 0].long()
-    compare.assert_close(torch_calls.array(y.cpu()[named]), torch_calls.array(y_cpu[named]), "gemm2_output")
+    found, expected = (torch_calls.array(each.cpu()[named]) for each in (y, y_cpu))
+    compare.assert_close(found, expected, "gemm2_output", compare.FEW_VALUES_14_BITS)
 
 
 def test_a_call_runs_on_the_current_stream(device: torch.device) -> None:

@@ -29,7 +29,7 @@ def test_small_case(cuda: Cuda, case: Case) -> None:
     """Right; inputs untouched; the same bits over a zeroed workspace and with every buffer at its weakest alignment."""
     call = Call(case, memory=cuda)
     first = call.run()
-    assert_matches(case, call.given, first)
+    assert_matches(case, call.given, first, on_hopper=True)
     assert call.changed_inputs() == []
     for byte in (0, 0xFF, 0x7F):
         call.poison(byte)
@@ -44,7 +44,7 @@ def test_large_case(cuda: Cuda, case: Case) -> None:
 
     call = Call(case, memory=cuda)
     results = call.run()
-    assert_matches(case, call.given, results, chosen_tokens(case))
+    assert_matches(case, call.given, results, chosen_tokens(case), on_hopper=True)
     before = {name: call.outputs[name].view.clone() for name in results}
     call.poison(0)
     call.launch()
@@ -66,7 +66,7 @@ def test_every_number_of_tokens_around_the_tiles(cuda: Cuda, option: str) -> Non
     for count in tokens[:: 4 if option in cases.OPTIONS else 1]:
         case = Case(f"t{count}", count, 384, 384, 4, 2, weights="signed", seed=count, **changes)
         call = Call(case, memory=cuda, odd=bool(count % 2))
-        assert_matches(case, call.given, call.run())
+        assert_matches(case, call.given, call.run(), on_hopper=True)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 2047, 2048, 2049])
@@ -77,7 +77,7 @@ def test_every_number_of_rows_an_expert(cuda: Cuda, rows: int) -> None:
     given = cases.arrays(case)
     order = np.random.default_rng(rows).permutation(len(ids))
     given["topk_ids"] = routings.pack(ids[order, None], np.ones((len(ids), 1)))
-    assert_matches(case, given, Call(case, given, cuda).run())
+    assert_matches(case, given, Call(case, given, cuda).run(), on_hopper=True)
 
 
 @some("routing_mixed_window", "unfinalized_window", "bf16_t53", "window_1_2", "window_0_4")
@@ -93,7 +93,7 @@ def test_any_bit_pattern_of_an_offset_in_memory_is_safe(cuda: Cuda, offset: int)
     call = Call(case, memory=cuda, offset_on_device=True)
     call.write_input("local_expert_offset", np.array(offset, np.int32))
     moved = dataclasses.replace(case, window=(offset, case.local))
-    assert_matches(moved, call.given, call.run())
+    assert_matches(moved, call.given, call.run(), on_hopper=True)
 
 
 @pytest.mark.parametrize("topk_weights", ["packed", "float32"])
@@ -104,7 +104,7 @@ def test_garbage_ids(cuda: Cuda, seed: int, topk_weights: str) -> None:
     case = Case("garbage", tokens, 256, 128, 24, 8, (7, 11), "garbage", seed=seed, topk_weights=topk_weights)
     case = dataclasses.replace(case, do_finalize=seed % 3 > 0)
     call = Call(case, memory=cuda)
-    assert_matches(case, call.given, call.run(), chosen_tokens(case, 200))
+    assert_matches(case, call.given, call.run(), chosen_tokens(case, 200), on_hopper=True)
 
 
 @pytest.mark.parametrize("topk_weights", ["packed", "float32"])
