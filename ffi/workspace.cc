@@ -45,7 +45,7 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   w.scale_stride = p.scale_stride();
   if (p.hidden_states_are_bf16()) {
     w.x = carve.Take<uint8_t>({0, p.hidden_size});
-    w.x_scale = carve.Take<float>({0, h_blocks});
+    w.x_scale = carve.Take<float>({0, (h_blocks + 3) / 4 * 4});
   }
   w.permuted_idx_to_token = carve.Take<int32_t>({0, p.top_k});
   if (p.has_gemm1_lora_delta) w.permuted_idx_to_expanded_idx = carve.Take<int32_t>({0, p.top_k});

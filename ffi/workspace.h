@@ -30,7 +30,7 @@ inline constexpr int kMaxRouteChunks = 128;
 // NOTE: with MxFp8 each float of a scale array holds four E8M0 bytes instead, those of its 4 x 32 columns in order.
 struct Workspace {
   uint8_t* x;                             // e4m3 [T, H]       quantised hidden_states (bf16 input only)
-  float* x_scale;                         // [T, H/128]        its scales (bf16 input only)
+  float* x_scale;                         // [T, H/128]        its scales, up to 3 more a row (bf16 input only)
   int32_t* expanded_idx_to_permuted_idx;  // [T*K]             or the result of that name
   int32_t* permuted_idx_to_token;         // [T*K]
   int32_t* permuted_idx_to_expanded_idx;  // [T*K]             (LoRA only, else null)

@@ -4,6 +4,7 @@
 
 #include "../workspace.h"
 #include "kernels/activation.cuh"
+#include "kernels/quantize.cuh"
 #include "kernels/slots.cuh"
 #include "select.h"
 
@@ -30,6 +31,16 @@ struct Call {
     if (p.topk_weights_dtype == int64_t(DataType::kNone)) return {buffers.topk_ids.data, WeightsType::kPacked};
     const bool bf16 = p.topk_weights_dtype == int64_t(DataType::kBFloat16);
     return {buffers.topk_weights.data, bf16 ? WeightsType::kBFloat16 : WeightsType::kFloat32};
+  }
+  // bf16 tokens, to workspace.x and x_scale with rows of scale_pitch scales.
+  QuantizeTokens quantize_tokens(int scale_pitch) const {
+    const int k_blocks = int(p.hidden_size / kScaleBlock);
+    return {static_cast<const uint16_t*>(buffers.hidden_states.data),
+            workspace.x,
+            workspace.x_scale,
+            p.num_tokens * k_blocks,
+            k_blocks,
+            scale_pitch};
   }
   ActivationChoice activation() const {
     return {ActivationType(p.activation_type), Floats(buffers.gemm1_alpha), Floats(buffers.gemm1_beta),

@@ -1,6 +1,7 @@
 // From a call to the parameters and tensor maps of the two decode kernels.
 #include "decode.h"
 #include "kernels/decode_gemm_sm90.cuh"
+#include "kernels/quantize.cuh"
 #include "launch.h"
 #include "tensor_map.h"
 
@@ -48,9 +49,21 @@ Status DecodeGemm1(const Call& c) {
   p.top_k = int(c.p.top_k);
   p.x = c.buffers.hidden_states.data;
   p.x_is_bf16 = c.p.hidden_states_are_bf16();
+  p.x_is_fresh = d.quantize_ctas > 0;
   p.x_scale = Floats(c.buffers.hidden_states_scale);
   p.block_stride = c.p.hidden_states_scale_block_stride;
   p.token_stride = c.p.hidden_states_scale_token_stride;
+  bool overlap = d.overlap_previous;
+  if (p.x_is_fresh) {
+    const QuantizeTokens tokens = c.quantize_tokens(scale_pitch(p.stream.k_blocks));
+    s = Launch("quantize_tokens", quantize_tokens, {unsigned(d.quantize_ctas), kQuantizeThreads, 0, overlap}, c.stream,
+               tokens);
+    if (!s.ok()) return s;
+    overlap = true;
+    p.x = tokens.codes;
+    p.x_is_bf16 = false;
+    p.x_scale = tokens.scales;
+  }
   p.intermediate = int(c.p.intermediate_size);
   p.num_tiles = int(c.p.gemm1_rows() / kDecodeGemm1Rows);
   p.shuffled = c.p.use_shuffled_weight != 0;

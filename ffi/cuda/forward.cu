@@ -41,11 +41,10 @@ Status Route(const Call& c) {
   r.m_blocks = c.workspace.m_blocks;
   r.expert_weights =
       r.slots.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
-  LaunchShape shape{unsigned(r.num_chunks), kRouteThreads, unsigned(r.slots.local_num_experts) * 4};
+  LaunchShape shape{unsigned(r.num_chunks), kRouteThreads, unsigned(route_shared_bytes(r.slots.local_num_experts))};
   LaunchShape first = shape;
   if (c.p.hidden_states_are_bf16()) {
-    r.tokens = {static_cast<const uint16_t*>(c.buffers.hidden_states.data), c.workspace.x, c.workspace.x_scale,
-                c.p.num_tokens * c.p.hidden_size / kScaleBlock};
+    r.tokens = c.quantize_tokens(int(c.p.hidden_size / kScaleBlock));
     first.grid += unsigned(c.config.quantize_ctas);
   }
   if (r.num_chunks == 1) return Launch("route_scatter", route_scatter, first, c.stream, r);

@@ -19,7 +19,11 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Bytes in flight an SM: under 64 KiB the memory is read visibly slower; far more only make everything else that is
 // read, tokens, scales and h, wait behind weights. Stages of 16 KiB, where K and the rows allow.
 constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
-constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 64 * 1024;
+constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 72 * 1024, kGemm2LoneRingBytes = 96 * 1024;
+// Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
+constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6;
+// More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
+constexpr int kMostTokenElements = 16 * 1024;
 // NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
 // beside the end of an earlier kernel. gemm2 fits beside it: its CTAs, one an SM, have their first weights when gemm1
 // ends.
@@ -44,7 +48,7 @@ bool FitTile(int64_t k, int rows, int ring_bytes, int other_bytes, int least_sha
 DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   DecodeConfig d{};
   const int64_t tokens = p.num_tokens;
-  if (!MayDecode(p) || tokens > kMaxDecodeTokens || p.expanded_rows() > kMaxDecodeSlots) return d;
+  if (!MayDecode(p) || tokens < 1 || tokens > kMaxDecodeTokens || p.expanded_rows() > kMaxDecodeSlots) return d;
   d.token_tiles = int(CeilDiv(tokens, 8));
   d.slice_columns = 16;
   for (int columns : {32, 64, 128})
@@ -54,17 +58,24 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
     return int(DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers).bytes);
   };
   const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles).bytes);
-  // Rows of h are read while others are multiplied: of few experts at a time, each would be waited for.
-  const int h_bytes = gemm2_bytes(1) - gemm2_bytes(0), least_buffers = int(std::min<int64_t>(p.expanded_rows(), 6));
-  d.h_buffers = std::clamp(24 * 1024 / h_bytes, 2, kMaxHBuffers);
-  if (d.h_buffers < least_buffers) d.h_buffers = std::clamp(96 * 1024 / h_bytes, 2, kMaxHBuffers);
-  const int gemm2_other = gemm2_bytes(d.h_buffers);
-  d.used = FitTile(p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1) &&
-           FitTile(p.intermediate_size, d.slice_columns, kGemm2RingBytes, gemm2_other, 0, &d.gemm2);
+  const int h_bytes = gemm2_bytes(1) - gemm2_bytes(0);
+  d.h_buffers = std::clamp(kHBytes / h_bytes, 2, kMaxHBuffers);
+  int gemm2_ring = kGemm2RingBytes;
+  const bool lone = d.h_buffers < std::min<int64_t>(p.expanded_rows(), kEnoughHBuffers);
+  if (lone) {
+    d.h_buffers = std::clamp(kLoneHBytes / h_bytes, 2, kMaxHBuffers);
+    gemm2_ring = kGemm2LoneRingBytes;
+  }
+  const bool gemm1_fits =
+      FitTile(p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1);
+  const bool gemm2_fits =
+      FitTile(p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(d.h_buffers), 0, &d.gemm2);
+  d.used = gemm1_fits && gemm2_fits;
   if (d.gemm1.shared_bytes + d.gemm2.shared_bytes > kSharedBytesOfSm - 2 * kReservedSharedBytes)
     d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
   d.overlap_previous = true;
-
+  if (p.hidden_states_are_bf16() && tokens * p.hidden_size > kMostTokenElements)
+    d.quantize_ctas = int(CeilDiv(tokens * h_blocks, 16));
   const int64_t most_tiles = std::min(p.expanded_rows(), p.local_num_experts) * (p.gemm1_rows() / kDecodeGemm1Rows);
   d.gemm1.grid = int(std::min<int64_t>(num_sms, most_tiles));
   d.gemm2.grid = int(std::min<int64_t>(num_sms, p.hidden_size / d.slice_columns));

@@ -20,6 +20,7 @@ struct DecodeTile {
 struct DecodeConfig {
   bool used;
   int token_tiles;    // of 8 tokens
+  int quantize_ctas;  // of a kernel that quantises the tokens; 0: gemm1's CTAs do, or there is nothing to do
   int slice_columns;  // of the output, a tile of gemm2
   int h_buffers;
   bool overlap_previous;  // gemm1 starts before the kernel before this call has ended

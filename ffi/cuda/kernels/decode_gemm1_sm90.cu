@@ -14,6 +14,7 @@ constexpr int kProducerThread = kDecodeMathThreads, kFinishThread = kDecodeMathT
 struct Fixed {
   PipelineBarriers<kMaxRingStages> ring;
   PipelineBarriers<kTileBuffers> sums;  // full: every math warp; empty: the finishing warp
+  PipelineBarriers<1> tokens;           // full: fresh tokens have landed
   ActiveExperts experts;                // the producer's
   ActiveTokens active;
 };
@@ -53,6 +54,7 @@ class TokenLoader {
  public:
   DEVICE TokenLoader(const DecodeGemm1Parameters& p, uint32_t codes, float* scales)
       : p_(p), codes_(codes), scales_(scales), per_token_(p.stream.k_blocks * (p.x_is_bf16 ? 16 : 8)) {
+    if (p.x_is_fresh) return;
     load(threadIdx.x);
     if (p.x_is_bf16) return;
     if (int(threadIdx.x) < p.num_tokens * p.stream.k_blocks) first_scale_ = given_scale(threadIdx.x);
@@ -111,6 +113,18 @@ class TokenLoader {
   float first_scale_ = 0.f;
 };
 
+// Fresh tokens, quantised by the kernel before: rows and scales, by one warp, a lane a token.
+DEVICE void load_tokens(Fixed& fixed, uint32_t x, uint32_t x_scale, const DecodeGemm1Parameters& p) {
+  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, scale_bytes = scale_pitch(k_blocks) * 4;
+  const uint32_t full = fixed.tokens.full_address(0);
+  if (lane == 0) mbarrier_arrive_expect(full, p.num_tokens * (k_blocks * 128 + scale_bytes));
+  __syncwarp();
+  if (lane >= p.num_tokens) return;
+  bulk_load(x + lane * token_pitch(k_blocks), static_cast<const uint8_t*>(p.x) + int64_t(lane) * k_blocks * 128,
+            k_blocks * 128, full);
+  bulk_load(x_scale + lane * scale_bytes, p.x_scale + lane * scale_pitch(k_blocks), scale_bytes, full);
+}
+
 // By one warp: adds up the shares of every tile in the order of the warps, applies the activation and stores h.
 template <int kTokenTiles>
 DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Parameters& p, bool gated) {
@@ -162,7 +176,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const WarpShare share(s, kDecodeGemm1Rows);
-  TokenLoader tokens(p, x, x_scale);
+  TokenLoader tokens(p, x, x_scale);  // of fresh tokens, nothing
   // Arrivals: all math threads and the producer's warp. Publishes the experts.
   named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
   const int num_tiles = fixed.experts.count * p.num_tiles;
@@ -173,7 +187,10 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     return {tile.expert, share.group() == 0 ? tile.first : tile.second};
   };
   ScaleQueue scales(s, share, find);
-  tokens.finish();
+  if (p.x_is_fresh)
+    fixed.tokens.wait_full(PipelineCursor<1>());
+  else
+    tokens.finish();
   // Arrivals: all math threads and the finishing warp. Publishes the tokens and who names them.
   named_barrier_sync(kTokensBarrier, kDecodeMathThreads + 32);
   const float* token_scale[kTokenTiles][2];  // of this thread's two columns of a tile
@@ -230,10 +247,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     prefetch_tensor_map(&map);
     fixed.ring.initialize(1, StageShares(kDecodeGemm1Rows).warps());
     fixed.sums.initialize(kDecodeWarps, 1);
+    fixed.tokens.initialize(1, 1);
   }
   __syncthreads();
-  wait_for_previous_kernel();
-  let_next_kernel_start();  // NOTE: after the wait, so that what came before this kernel is complete for the next one
+  // NOTE: where tokens are fresh, only they come from the kernel before: it let this one start when all that came
+  // before it, ids too, was complete. Else ids and tokens may be the caller's previous kernel's.
+  if (!p.x_is_fresh) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();  // NOTE: after the wait, so that what came before this kernel is complete for the next one
+  }
   if (warp == kProducerThread / 32) {
     int expert[kSlotsPerLane], ranks[kSlotsPerLane];
     load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
@@ -243,6 +265,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   } else if (warp == kFinishThread / 32) {
     fixed.active.build(p.slots, {}, nullptr, p.num_tokens, p.top_k);
     named_barrier_arrive(kTokensBarrier, kDecodeMathThreads + 32);
+    if (p.x_is_fresh) {
+      wait_for_previous_kernel();
+      let_next_kernel_start();
+      load_tokens(fixed, smem_address(memory + layout.x), smem_address(memory + layout.x_scale), p);
+    }
     finish<kTokenTiles>(fixed, reinterpret_cast<const float*>(memory + layout.partial), p, gated);
   } else {
     multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.x),

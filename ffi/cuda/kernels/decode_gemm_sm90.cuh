@@ -1,8 +1,8 @@
-// Decode: a call of few tokens as three kernels that do little but read weights. Weight rows are the M side of the
-// matrix product and all tokens its N side, so weights read once serve every token that needs them. They come through a
-// ring of TMA boxes; e4m3 codes are widened to f16, which is exact, and summed in float32.
-//   decode_gemm1: tiles of 16 up and 16 gate rows (or 32 rows), all of K; h = activation, float32, a row a slot.
-//   decode_quantize: h to e4m3, 1x128.  decode_gemm2: slices of output columns, summed over the experts.
+// Decode: a call of few tokens as kernels that do little but read weights. Weight rows are the M side of the matrix
+// product and all tokens its N side, so weights read once serve every token that needs them. They come through a ring
+// of TMA boxes; e4m3 codes are widened to f16, which is exact, and summed in float32. decode_gemm1: tiles of 16 up and
+// 16 gate rows (or 32 rows), h = activation, float32, a row a slot. decode_quantize: h to e4m3. decode_gemm2: slices of
+// output columns.
 #pragma once
 #include "activation.cuh"
 #include "active_experts.cuh"
@@ -29,6 +29,7 @@ struct DecodeGemm1Parameters {
   int num_tokens, top_k;
   const void* x;  // bf16 or e4m3 [T, H]
   bool x_is_bf16;
+  bool x_is_fresh;  // e4m3 of the kernel before, scales [T, scale_pitch]: this one starts reading weights meanwhile
   const float* x_scale;  // of e4m3: element (block, token) at block * block_stride + token * token_stride
   int64_t block_stride, token_stride;
   WeightStream stream;

@@ -6,10 +6,12 @@
 namespace jax_moe::cuda {
 
 struct QuantizeTokens {
-  const uint16_t* x;   // bf16 [num_blocks, 128]; null: nothing to do
-  uint8_t* codes;      // e4m3 [num_blocks, 128]
-  float* scales;       // [num_blocks]
-  int64_t num_blocks;  // T * H / 128
+  const uint16_t* x;   // bf16 [T, H]
+  uint8_t* codes;      // e4m3 [T, H]
+  float* scales;       // [T, scale_pitch]
+  int64_t num_blocks;  // T * k_blocks
+  int k_blocks;        // H / 128
+  int scale_pitch;     // at least k_blocks
 
   // By all threads of `ctas` CTAs, of which this is number `cta`. 16 lanes a block.
   DEVICE void run(int cta, int ctas) const {
@@ -24,8 +26,8 @@ struct QuantizeTokens {
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int64_t block = first + i * step;
-        v[i] =
-            block < num_blocks ? __ldg(reinterpret_cast<const uint4*>(x) + block * 16 + piece) : make_uint4(0, 0, 0, 0);
+        v[i] = block < num_blocks ? __ldcg(reinterpret_cast<const uint4*>(x) + block * 16 + piece)
+                                  : make_uint4(0, 0, 0, 0);
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
@@ -35,10 +37,13 @@ struct QuantizeTokens {
         const uint2 out = quantize_bf16(v[i], scale);
         if (block >= num_blocks) continue;
         *(reinterpret_cast<uint2*>(codes) + block * 16 + piece) = out;
-        if (piece == 0) scales[block] = scale;
+        if (piece == 0) scales[block / k_blocks * scale_pitch + block % k_blocks] = scale;
       }
     }
   }
 };
+
+inline constexpr int kQuantizeThreads = 256;
+__global__ void quantize_tokens(const __grid_constant__ QuantizeTokens tokens);
 
 }  // namespace jax_moe::cuda

@@ -101,26 +101,75 @@ DEVICE void to_offsets(const RouteParameters& p, int* next, int* warps) {
   __syncthreads();
 }
 
-// Gives every index of this CTA's chunk its row, in order: 1024 indices at a time, one warp after the other.
+// What 1024 indices, one a thread, have to be told apart by: where the indices of each expert begin in each warp.
+struct PlaceInRound {
+  int* next;             // [L] next free row of each expert
+  uint16_t* warp_begin;  // [kWarps, L], or null where L is too large for it
+
+  // The row of this thread's index; -1 without an expert. By all threads.
+  DEVICE int row(int expert, int num_experts, int num_warps) const {
+    return warp_begin ? row_by_counts(expert, num_experts) : row_by_turns(expert, num_warps);
+  }
+
+ private:
+  DEVICE int row_by_counts(int expert, int num_experts) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int i = threadIdx.x; i < kWarps * num_experts / 2; i += kRouteThreads)
+      reinterpret_cast<uint32_t*>(warp_begin)[i] = 0;
+    __syncthreads();
+    const unsigned peers = __match_any_sync(~0u, expert);
+    const int rank = __popc(peers & ((1u << lane) - 1));
+    if (expert >= 0 && rank == 0) warp_begin[warp * num_experts + expert] = uint16_t(__popc(peers));
+    __syncthreads();
+    int total = 0;
+    if (int(threadIdx.x) < num_experts) {
+      uint16_t* of_expert = warp_begin + threadIdx.x;
+      for (int first = 0; first < kWarps; first += 8) {
+        int count[8];
+#pragma unroll
+        for (int w = 0; w < 8; ++w) count[w] = of_expert[(first + w) * num_experts];
+#pragma unroll
+        for (int w = 0; w < 8; ++w) {
+          of_expert[(first + w) * num_experts] = uint16_t(total);
+          total += count[w];
+        }
+      }
+    }
+    __syncthreads();
+    const int row = expert >= 0 ? next[expert] + warp_begin[warp * num_experts + expert] + rank : -1;
+    __syncthreads();
+    if (int(threadIdx.x) < num_experts) next[threadIdx.x] += total;
+    return row;
+  }
+
+  // One warp after the other.
+  DEVICE int row_by_turns(int expert, int num_warps) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned peers = __match_any_sync(~0u, expert);
+    const int rank = __popc(peers & ((1u << lane) - 1));
+    int row = -1;
+    for (int w = 0; w < num_warps; ++w) {
+      if (w == warp) {
+        if (expert >= 0) row = next[expert] + rank;
+        __syncwarp();
+        if (expert >= 0 && rank == 0) next[expert] += __popc(peers);
+      }
+      __syncthreads();
+    }
+    return row;
+  }
+};
+
+// Gives every index of this CTA's chunk its row, in order.
 DEVICE void place_chunk(const RouteParameters& p, int64_t first, int* next) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int experts = p.slots.local_num_experts;
+  const PlaceInRound place{
+      next, experts <= kMostCountedExperts ? reinterpret_cast<uint16_t*>(next + (experts + 3) / 4 * 4) : nullptr};
   const int begin = blockIdx.x * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
   for (int base = begin; base < end; base += kRouteThreads) {
     const int i = base + threadIdx.x;
     const int element = i < end ? p.slots.topk_ids[i] : -1;
-    const int e = p.slots.local_expert(element, first);
-    const unsigned peers = __match_any_sync(~0u, e);
-    const int rank = __popc(peers & ((1u << lane) - 1));
-    int row = -1;
-    const int num_warps = min(kWarps, (end - base + 31) / 32);
-    for (int w = 0; w < num_warps; ++w) {
-      if (w == warp) {
-        if (e >= 0) row = next[e] + rank;
-        __syncwarp();
-        if (e >= 0 && rank == 0) next[e] += __popc(peers);
-      }
-      __syncthreads();
-    }
+    const int row = place.row(p.slots.local_expert(element, first), experts, min(kWarps, (end - base + 31) / 32));
     if (i < end) {
       p.expanded_idx_to_permuted_idx[i] = row;
       if (row >= 0) p.permuted_idx_to_token[row] = i / p.top_k;

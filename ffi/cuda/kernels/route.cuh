@@ -26,9 +26,17 @@ struct RouteParameters {
   QuantizeTokens tokens;     // by the CTAs after the first num_chunks of the first kernel
 };
 
-// Rows of each local expert in each chunk. Only launched when num_chunks > 1. Dynamic shared memory: L int32.
+// Up to so many local experts, route_scatter counts for each warp apart.
+inline constexpr int kMostCountedExperts = kRouteThreads;
+// Bytes of dynamic shared memory of both kernels.
+constexpr int64_t route_shared_bytes(int64_t local_num_experts) {
+  const int64_t counts = local_num_experts <= kMostCountedExperts ? local_num_experts * kRouteThreads / 32 * 2 : 0;
+  return (local_num_experts + 3) / 4 * 16 + counts;
+}
+
+// Rows of each local expert in each chunk. Only launched when num_chunks > 1.
 __global__ void route_count(const __grid_constant__ RouteParameters p);
-// Everything else. Dynamic shared memory: L int32.
+// Everything else.
 __global__ void route_scatter(const __grid_constant__ RouteParameters p);
 
 }  // namespace jax_moe::cuda
