@@ -9,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "finalize.h"
 #include "moe.h"
 #include "routing.h"
 #include "xla_handlers.h"
@@ -182,6 +183,36 @@ void RouteLogitsCuda(const RoutingProblem&, const std::vector<uintptr_t>&, const
 }
 #endif
 
+// ---- finalising apart ----
+constexpr int64_t FinalizeProblem::* kFinalizeFields[] = {
+#define FIELD(name) &FinalizeProblem::name,
+    JAX_MOE_FINALIZE_FIELDS(FIELD)
+#undef FIELD
+};
+constexpr Buffer FinalizeBuffers::* kFinalizeBuffers[] = {
+#define BUFFER(name) &FinalizeBuffers::name,
+    JAX_MOE_FINALIZE_BUFFERS(BUFFER)
+#undef BUFFER
+};
+
+void FinalizeCpu(const FinalizeProblem& problem, const std::vector<uintptr_t>& pointers,
+                 const std::vector<int64_t>& sizes) {
+  const FinalizeBuffers buffers = FromPointers("finalize", kFinalizeBuffers, pointers, sizes);
+  Run([&] { return cpu::FinalizeRows(problem, buffers); });
+}
+
+#if JAX_MOE_HAS_CUDA
+void FinalizeCuda(const FinalizeProblem& problem, const std::vector<uintptr_t>& pointers,
+                  const std::vector<int64_t>& sizes, int device, uintptr_t stream) {
+  const FinalizeBuffers buffers = FromPointers("finalize", kFinalizeBuffers, pointers, sizes);
+  Run([&] { return cuda::FinalizeRows(problem, buffers, device, reinterpret_cast<void*>(stream)); });
+}
+#else
+void FinalizeCuda(const FinalizeProblem&, const std::vector<uintptr_t>&, const std::vector<int64_t>&, int, uintptr_t) {
+  RaiseNotImplemented(kNoCuda);
+}
+#endif
+
 std::pair<int, int> FfiApi() {
   const FfiApiVersion version = CompiledFfiApiVersion();
   return {version.major, version.minor};
@@ -189,7 +220,7 @@ std::pair<int, int> FfiApi() {
 
 nb::dict RegistrationCapsules() {
   nb::dict cpu, cuda;
-  for (const std::vector<Registration>& entries : {Registrations(), RouteRegistrations()})
+  for (const std::vector<Registration>& entries : {Registrations(), RouteRegistrations(), FinalizeRegistrations()})
     for (const Registration& entry : entries)
       (entry.platform == "cpu" ? cpu : cuda)[entry.target.c_str()] = nb::capsule(entry.handler);
   nb::dict result;
@@ -242,6 +273,16 @@ NB_MODULE(_native, m) {
   m.def("routing_abi_text", &RoutingAbiText);
   m.def("route_logits_cpu", &RouteLogitsCpu, "problem"_a, "pointers"_a, "sizes"_a);
   m.def("route_logits_cuda", &RouteLogitsCuda, "problem"_a, "pointers"_a, "sizes"_a, "device"_a, "stream"_a);
+  nb::class_<FinalizeProblem>(m, "FinalizeProblem", "A call that finalises apart: the fields of ffi/finalize.h.")
+      .def(
+          "__init__",
+          [](FinalizeProblem* self, const std::vector<int64_t>& fields) {
+            new (self) FinalizeProblem(FromFields("FinalizeProblem", kFinalizeFields, fields));
+          },
+          "fields"_a);
+  m.def("finalize_abi_text", &FinalizeAbiText);
+  m.def("finalize_cpu", &FinalizeCpu, "problem"_a, "pointers"_a, "sizes"_a);
+  m.def("finalize_cuda", &FinalizeCuda, "problem"_a, "pointers"_a, "sizes"_a, "device"_a, "stream"_a);
   m.def("explain", &Explain, "problem"_a, "num_sms"_a);
   m.def("registrations", &RegistrationCapsules);
   m.def("ffi_api_version", &FfiApi);

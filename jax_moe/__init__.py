@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
+    from .finalization import finalize
     from .layout import convert_to_block_layout, shuffle_matrix_a
     from .logits import fp8_block_scale_moe, route
     from .moe import export_checks, fp8_block_scale_routed_moe
@@ -28,6 +29,7 @@ __all__ = [
     "dequantize_activations",
     "dequantize_weights",
     "export_checks",
+    "finalize",
     "fp8_block_scale_moe",
     "fp8_block_scale_routed_moe",
     "pack_topk_ids",
@@ -41,6 +43,7 @@ __all__ = [
 # Module -> the public names that it has.
 _HOMES = {
     "enums": ("ActivationType", "Fp8QuantizationType", "RoutingMethodType", "WeightLayout"),
+    "finalization": ("finalize",),
     "layout": ("convert_to_block_layout", "shuffle_matrix_a"),
     "logits": ("fp8_block_scale_moe", "route"),
     "moe": ("export_checks", "fp8_block_scale_routed_moe"),

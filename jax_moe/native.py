@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from . import finalize_problem, routing_problem
 from . import problem as contract
-from . import routing_problem
 
 TARGET = "jax_moe.fp8_block_scale_routed_moe.v1"  # of the XLA custom call, on every platform
 ROUTE_LOGITS_TARGET = "jax_moe.route_logits.v1"
-TARGETS = (TARGET, ROUTE_LOGITS_TARGET)
+FINALIZE_TARGET = "jax_moe.finalize.v1"
+TARGETS = (TARGET, ROUTE_LOGITS_TARGET, FINALIZE_TARGET)
 
 ROUTE, PERMUTE, GEMM1, GEMM2, FINALIZE = 1, 2, 4, 8, 16  # stages of a call; ffi/moe.h: Stage
 ALL_STAGES = ROUTE | PERMUTE | GEMM1 | GEMM2 | FINALIZE
@@ -35,6 +36,7 @@ def load() -> ModuleType:
     extension = _import_extension()
     check_abi(extension.abi_text())
     check_abi(extension.routing_abi_text(), routing_problem.abi_text())
+    check_abi(extension.finalize_abi_text(), finalize_problem.abi_text())
     return extension
 
 
@@ -159,6 +161,30 @@ def route_logits(
         load().route_logits_cpu(routing_handle(problem), pointers, sizes)
     else:
         load().route_logits_cuda(routing_handle(problem), pointers, sizes, device, stream)
+
+
+@functools.lru_cache(maxsize=4096)
+def finalize_handle(problem: finalize_problem.FinalizeProblem) -> Any:
+    """The C++ FinalizeProblem of `problem`."""
+    return load().FinalizeProblem(problem.fields())
+
+
+def finalize(
+    problem: finalize_problem.FinalizeProblem,
+    pointers: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    device: int | None = None,
+    stream: int = 0,
+) -> None:
+    """Finalises apart on the arrays at `pointers`, of `sizes` bytes: finalize_problem.BUFFERS, 0 and 0 where empty.
+
+    device, stream and errors are those of `forward`.
+    """
+    if device is None:
+        load().finalize_cpu(finalize_handle(problem), pointers, sizes)
+    else:
+        load().finalize_cuda(finalize_handle(problem), pointers, sizes, device, stream)
 
 
 def explain(problem: contract.Problem, num_sms: int = 132) -> str:

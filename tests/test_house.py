@@ -25,9 +25,9 @@ def name_of(path: Path) -> str:
 
 
 # ---- C++ arrows ------------------------------------------------------------------------------------------------------
-SHARED = {"moe.h", "routing.h", "workspace.h"}  # what both backends stand on
+SHARED = {"moe.h", "finalize.h", "routing.h", "workspace.h"}  # what both backends stand on
 
-SEES_XLA = ("xla_handlers.cc", "xla_route_handler.cc", "xla_status.h")
+SEES_XLA = ("xla_handlers.cc", "xla_finalize_handler.cc", "xla_route_handler.cc", "xla_status.h")
 
 
 def includes(text: str) -> list[tuple[str, bool]]:
@@ -61,10 +61,12 @@ def wrong_include(file: str, header: str, quoted: bool) -> str | None:
     if file == "moe.h":
         return "moe.h includes standard headers only"
     if file in (
+        "finalize.h",
         "routing.h",
         "workspace.h",
         "workspace.cc",
         "check.cc",
+        "check_finalize.cc",
         "check_routing.cc",
         "xla_handlers.h",
         *SEES_XLA,
@@ -75,7 +77,7 @@ def wrong_include(file: str, header: str, quoted: bool) -> str | None:
     if file == "module.cc":
         return (
             None
-            if target in {"moe.h", "routing.h", "xla_handlers.h", "cuda/device.h"}
+            if target in {"moe.h", "finalize.h", "routing.h", "xla_handlers.h", "cuda/device.h"}
             else "it stands on the contract only"
         )
     if target in SHARED or target == "emulated_ptx.h":
@@ -125,6 +127,7 @@ CORE = {
     "jax_moe.enums",
     "jax_moe.options",
     "jax_moe.problem",
+    "jax_moe.finalize_problem",
     "jax_moe.routing_problem",
     "jax_moe.native",
 }
@@ -132,13 +135,20 @@ ARROWS = {
     "jax_moe.enums": set(),
     "jax_moe.options": {"jax_moe.enums"},
     "jax_moe.problem": {"jax_moe.enums", "jax_moe.options"},
+    "jax_moe.finalize_problem": {"jax_moe.enums", "jax_moe.options", "jax_moe.problem"},
     "jax_moe.routing_problem": {"jax_moe.enums", "jax_moe.options", "jax_moe.problem"},
-    "jax_moe.native": {"jax_moe.enums", "jax_moe.problem", "jax_moe.routing_problem"},
+    "jax_moe.native": {
+        "jax_moe.enums",
+        "jax_moe.problem",
+        "jax_moe.finalize_problem",
+        "jax_moe.routing_problem",
+    },
     "jax_moe.shapes": set(),
     "jax_moe.layout": set(),
     "jax_moe.routing": CORE,
     "jax_moe.reference_routing": {"jax_moe.enums"},
     "jax_moe.logits": CORE | {"jax_moe.moe", "jax_moe.xla_call"},
+    "jax_moe.finalization": CORE | {"jax_moe.xla_call"},
     "jax_moe.quantize": CORE,
     "jax_moe.reference": CORE | {"jax_moe.layout", "jax_moe.shapes"},
     "jax_moe.xla_call": CORE,

@@ -5,6 +5,7 @@ Importing this package imports torch, never jax.
 
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
 
+from .finalization import finalize
 from .logits import trtllm_fp8_block_scale_moe
 from .moe import trtllm_fp8_block_scale_routed_moe
 from .weights import convert_to_block_layout, reorder_rows_for_gated_act_gemm, shuffle_matrix_a
@@ -15,6 +16,7 @@ __all__ = [
     "RoutingMethodType",
     "WeightLayout",
     "convert_to_block_layout",
+    "finalize",
     "reorder_rows_for_gated_act_gemm",
     "shuffle_matrix_a",
     "trtllm_fp8_block_scale_moe",

@@ -18,10 +18,10 @@ from jax_moe.options import invalid
 from jax_moe.problem import Array
 from jax_moe.routing_problem import RoutingProblem
 
+from .arguments import Layout, check_tensor, layout
 from .launch import launch
 from .moe import trtllm_fp8_block_scale_routed_moe
 from .ops import LIBRARY, TAGS
-from .plan import Layout, layout
 
 FUNCTION = "trtllm_fp8_block_scale_moe"
 OPTIONS = ("num_experts", "top_k", "n_group", "topk_group", "routing_method_type", "norm_topk_prob")
@@ -133,15 +133,9 @@ def trtllm_fp8_block_scale_moe(
 
 
 def _check_tensor(name: str, tensor: Any, hidden_states: Any) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise invalid(FUNCTION, name, "a torch.Tensor", type(tensor).__name__)
+    check_tensor(FUNCTION, name, tensor)
     if isinstance(hidden_states, torch.Tensor) and tensor.device != hidden_states.device:
         raise invalid(FUNCTION, name, f"on {hidden_states.device} like hidden_states", tensor.device)
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        raise NotImplementedError(
-            f"{FUNCTION}: {name} must not require grad, got requires_grad=True: inference only, there is no backward; "
-            "call under torch.no_grad() or torch.inference_mode(), or detach() it"
-        )
 
 
 def _check_replay(replay: Any, ids: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType
 from jax_moe.problem import Array
 
 from . import ops
+from .arguments import check_device, check_tensor
 from .plan import FUNCTION, HIDDEN_STATES, TENSORS
 
 
@@ -195,21 +196,13 @@ def _check_tensors(tensors: tuple[Any, ...], optional: dict[str, Any], output: A
         _check_tensor(name, tensor)
     if output is not None:
         _check_tensor("output", output)
-    x = tensors[HIDDEN_STATES]
-    if not (x.is_cpu or x.is_cuda or x.is_meta):  # meta tensors get meta results: shapes without a computation
-        raise NotImplementedError(f"{FUNCTION}: hidden_states must be on a cpu or cuda device, got {x.device}")
+    check_device(FUNCTION, "hidden_states", tensors[HIDDEN_STATES])
 
 
 def _check_tensor(name: str, tensor: Any) -> None:
     if tensor is None and name == "hidden_states_scale":
         return
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{FUNCTION}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        raise NotImplementedError(
-            f"{FUNCTION}: {name} must not require grad, got requires_grad=True: inference only, there is no backward; "
-            "call under torch.no_grad() or torch.inference_mode(), or detach() it"
-        )
+    check_tensor(FUNCTION, name, tensor)
 
 
 def _check_routing_bias(bias: Any, num_experts: int, device: torch.device) -> None:

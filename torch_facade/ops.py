@@ -13,8 +13,9 @@ import torch
 
 from jax_moe import native
 
+from .arguments import increment_version, layout
 from .launch import launch
-from .plan import HIDDEN_STATES, OPTIONAL, checked_problem, layout, plan, results_of
+from .plan import HIDDEN_STATES, OPTIONAL, checked_problem, plan, results_of
 
 # The tensors of plan.TENSORS and the integers of plan.OPTIONS, by position; tensors of plan.OPTIONAL by name; output.
 Run = Callable[[Sequence[Any], Mapping[str, torch.Tensor], "torch.Tensor | None"], list[torch.Tensor]]
@@ -76,7 +77,7 @@ def _written(run: Run) -> Callable[..., None]:
     def call(*arguments: Any, **optional: torch.Tensor) -> None:
         *others, output = arguments
         run(others, optional, output)
-        _increment_version(output)
+        increment_version(output)
 
     return call
 
@@ -85,15 +86,10 @@ def _written_with_lora(run: Run) -> Callable[..., tuple[torch.Tensor, torch.Tens
     def call(*arguments: Any, **optional: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         *others, output = arguments
         expanded_idx_to_permuted_idx, gemm1_activation_output = run(others, optional, output)
-        _increment_version(output)
+        increment_version(output)
         return expanded_idx_to_permuted_idx, gemm1_activation_output
 
     return call
-
-
-def _increment_version(output: torch.Tensor) -> None:
-    if not output.is_inference():
-        torch.autograd.graph.increment_version(output)
 
 
 def _define(name: str, arguments: str, result: str, form: Callable[[Run], Callable[..., Any]]) -> Callable[..., Any]:

@@ -1,7 +1,6 @@
 """From the tensors of a call to its Problem: validation, and the plan that eager calls keep.
 
-A tensor is known here by its layout only: a plain tuple (shape, dtype, device, stride), so that a plan can be cached by
-them. Kernels ask for `plan` (cached), fakes for `checked_problem`, whose number of tokens may be symbolic.
+Kernels ask for `plan` (cached by the layouts), fakes for `checked_problem`, whose number of tokens may be symbolic.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import torch
 
 from jax_moe import native
 from jax_moe.problem import INPUTS, OUTPUTS, PER_EXPERT, Array, Options, Problem
+
+from .arguments import Layout, is_contiguous
 
 FUNCTION = "trtllm_fp8_block_scale_routed_moe"
 
@@ -44,7 +45,6 @@ TOKENS_DIMENSION = {"hidden_states_scale": 1} | dict.fromkeys(
     ("topk_ids", "topk_weights", "hidden_states", "gemm1_lora_delta", "output"), 0
 )
 
-Layout = tuple[Any, torch.dtype, torch.device, Any]
 Allocation = tuple[tuple[Any, ...], torch.dtype]
 
 
@@ -58,10 +58,6 @@ class Plan(NamedTuple):
     # From the pointers (0, those of the given tensors in the order of `layouts`, output, those of `allocated`) to those
     # of INPUTS and OUTPUTS.
     in_order: Callable[[Sequence[int]], tuple[int, ...]]
-
-
-def layout(tensor: torch.Tensor) -> Layout:
-    return (tensor.shape, tensor.dtype, tensor.device, tensor.stride())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -131,7 +127,7 @@ def _check_devices(given: dict[str, Layout | None], output: Layout | None) -> No
 
 
 def _check_contiguous(name: str, tensor: Layout | None, next_step: str = "; call .contiguous()") -> None:
-    if tensor is not None and not _is_contiguous(tensor):
+    if tensor is not None and not is_contiguous(tensor):
         raise ValueError(
             f"{FUNCTION}: {name} must be contiguous, got shape {_list(tensor[0])} with strides {_list(tensor[3])}"
             f"{next_step}"
@@ -144,16 +140,6 @@ def _check_output(output: Layout, problem: Problem) -> None:
     if given.dtype != expected.dtype or tuple(given.shape) != tuple(expected.shape):
         raise ValueError(f"{FUNCTION}: output must be {expected}, got {given}")
     _check_contiguous("output", output, next_step="")  # a contiguous copy would be written in its stead
-
-
-def _is_contiguous(tensor: Layout) -> bool:
-    # The strides are compared first: with contiguous tensors no question is asked about a symbolic number of tokens.
-    expected = 1
-    for size, stride in zip(reversed(tensor[0]), reversed(tensor[3]), strict=True):
-        if stride != expected and size != 1:
-            return 0 in tensor[0]
-        expected = expected * size
-    return True
 
 
 def _array(name: str, tensor: Layout | None) -> Array | None:

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
     for (int i = 0; i < kInFlight; ++i) {
       const int slot = first + i;
       const int row = slot < p.top_k ? __ldg(rows + slot) : -1;
-      valid[i] = row >= 0;
+      valid[i] = unsigned(row) < unsigned(p.num_rows);
       if (!valid[i]) continue;
       weight[i] = routing_weight(p, token * p.top_k + slot);
       y[i] = __ldcs(reinterpret_cast<const uint4*>(p.y2 + int64_t(row) * p.hidden + column));

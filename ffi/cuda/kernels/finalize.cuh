@@ -12,13 +12,14 @@ inline constexpr int kFinalizeColumnsPerCta = kFinalizeThreads * 8;
 enum class WeightsType { kPacked, kBFloat16, kFloat32 };
 
 struct FinalizeParameters {
-  const uint16_t* y2;                           // bf16 [rows, H]
+  const uint16_t* y2;                           // bf16 [num_rows, H]
   const int32_t* expanded_idx_to_permuted_idx;  // [T * K]
   const void* weights;                          // [T * K] of weights_type
   WeightsType weights_type;
   uint16_t* output;  // bf16 [T, H]
   int top_k;
-  int hidden;  // H
+  int hidden;    // H
+  int num_rows;  // a row outside [0, num_rows) is none
 };
 
 // Grid: T * ceil(H / kFinalizeColumnsPerCta) CTAs, columns fastest.
