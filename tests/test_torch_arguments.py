@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from typing import Any
 
@@ -228,7 +229,9 @@ def test_other_devices_are_refused() -> None:
         ({"do_finalize": 2}, "do_finalize must be True or False, got 2"),
         ({"do_finalize": None}, "do_finalize must be True or False, got None"),
         ({"use_shuffled_weight": "no"}, "use_shuffled_weight must be True or False, got 'no'"),
-        ({"routed_scaling_factor": "2.5"}, "routed_scaling_factor must be None or a number, got '2.5'"),
+        ({"routed_scaling_factor": "2.5"}, "routed_scaling_factor must be None or a finite number, got '2.5'"),
+        ({"routed_scaling_factor": True}, "routed_scaling_factor must be None or a finite number, got True"),
+        ({"routed_scaling_factor": math.inf}, "routed_scaling_factor must be None or a finite number, got inf"),
         ({"enable_pdl": 1}, "enable_pdl must be None, True or False, got 1"),
         ({"tune_max_num_tokens": 0}, "tune_max_num_tokens must be a positive integer, got 0"),
         ({"tune_max_num_tokens": 1.5}, "tune_max_num_tokens must be an integer, got 1.5"),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
+from jax_moe.options import check_scaling_factor
 from jax_moe.problem import Array
 
 from . import ops
@@ -83,7 +84,7 @@ def trtllm_fp8_block_scale_routed_moe(
         intermediate_size: I, a multiple of 128 (as H must be).
         local_expert_offset: id of the first expert whose weights are given, in [0, E - L].
         local_num_experts: L.
-        routed_scaling_factor: None or a number, unused: the weights of topk_ids are taken as they are.
+        routed_scaling_factor: None or a finite number, unused: the weights of topk_ids are taken as they are.
         routing_method_type: RoutingMethodType, unused but for the check of n_group and topk_group.
         use_shuffled_weight: True when the rows of both weights are in the order of `shuffle_matrix_a(weights, 64)`.
         weight_layout: WeightLayout.MajorK, or BlockMajorK, the order of `convert_to_block_layout(weights, 128)`, with
@@ -244,8 +245,7 @@ def _checked_options(
     activation_type: Any,
     do_finalize: Any,
 ) -> tuple[int, ...]:
-    if not (routed_scaling_factor is None or isinstance(routed_scaling_factor, (int, float))):
-        raise _invalid("routed_scaling_factor", "None or a number", routed_scaling_factor)
+    check_scaling_factor(FUNCTION, routed_scaling_factor)
     if not (enable_pdl is None or isinstance(enable_pdl, bool)):
         raise _invalid("enable_pdl", "None, True or False", enable_pdl)
     if _integer("tune_max_num_tokens", tune_max_num_tokens) < 1:
