@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
 
@@ -99,12 +99,12 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_scaling_factor(function: str, value: object) -> None:
+def check_scaling_factor(function: str, value: Any) -> None:
     """routed_scaling_factor, where it is used and where it is not."""
     if value is None:
         return
     # NOTE: compared, not math.isfinite, which torch.compile cannot trace for a float that it made symbolic.
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not -math.inf < value < math.inf:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not -math.inf < float(value) < math.inf:
         raise invalid(function, "routed_scaling_factor", "None or a finite number", repr(value))
 
 
