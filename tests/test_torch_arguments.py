@@ -17,6 +17,8 @@ import torch_calls  # noqa: E402
 
 import torch_facade  # noqa: E402
 from jax_moe import native  # noqa: E402
+from torch_facade import moe, ops  # noqa: E402
+from torch_facade.eager import Calls  # noqa: E402
 
 NAME = "trtllm_fp8_block_scale_routed_moe"
 CASE = cases.Case("arguments", tokens=5, hidden=256, inter=128, experts=8, top_k=2, window=(2, 4))
@@ -377,6 +379,8 @@ def test_errors_of_the_library_arrive_untouched(
         raise raised
 
     monkeypatch.setattr(native, "forward", fail)
+    monkeypatch.setattr(moe, "CALLS", Calls())  # none of them was made before
+    monkeypatch.setattr(ops, "CALLS", Calls())
     output = torch.zeros(5, 256, dtype=torch.bfloat16) if in_place and case.do_finalize else None
     with pytest.raises(error) as caught:
         torch_calls.call(case, output=output)

@@ -17,8 +17,13 @@ from jax_moe.options import check_scaling_factor
 from jax_moe.problem import Array
 
 from . import ops
-from .arguments import check_device, check_tensor
-from .plan import FUNCTION, HIDDEN_STATES, TENSORS
+from .arguments import check_device, check_tensor, increment_version
+from .eager import Calls
+from .plan import FUNCTION, HIDDEN_STATES, OPTIONAL, OPTIONS, TENSORS, repeatable
+
+CALLS = Calls()
+GIVEN = (*ops.GIVEN, "routing_bias")  # the tensors of those calls
+NUM_EXPERTS, DO_FINALIZE = OPTIONS.index("num_experts"), OPTIONS.index("do_finalize")
 
 
 def trtllm_fp8_block_scale_routed_moe(
@@ -120,28 +125,24 @@ def trtllm_fp8_block_scale_routed_moe(
         NotImplementedError: what this version, build or device does not have, and tensors that require grad while grad
             mode is on: there is no backward.
     """
-    optional: dict[str, torch.Tensor] = {}
-    if not isinstance(topk_ids, torch.Tensor):
-        topk_ids, optional["topk_weights"] = _pair(topk_ids)
-    if gemm1_lora_delta is not None:
-        optional["gemm1_lora_delta"] = gemm1_lora_delta
-    if gemm1_alpha is not None:
-        optional["gemm1_alpha"] = gemm1_alpha
-    if gemm1_beta is not None:
-        optional["gemm1_beta"] = gemm1_beta
-    if gemm1_clamp_limit is not None:
-        optional["gemm1_clamp_limit"] = gemm1_clamp_limit
-    tensors = (
-        topk_ids,
+    ids, weights = (topk_ids, None) if isinstance(topk_ids, torch.Tensor) else _pair(topk_ids)
+    given = (
+        ids,
         hidden_states,
         hidden_states_scale,
         gemm1_weights,
         gemm1_weights_scale,
         gemm2_weights,
         gemm2_weights_scale,
+        weights,
+        gemm1_lora_delta,
+        gemm1_alpha,
+        gemm1_beta,
+        gemm1_clamp_limit,
+        output,
+        routing_bias,
     )
-    _check_tensors(tensors, optional, output)
-    options = _options(
+    options = (
         num_experts,
         top_k,
         n_group,
@@ -159,16 +160,35 @@ def trtllm_fp8_block_scale_routed_moe(
         activation_type,
         do_finalize,
     )
+    if torch.compiler.is_compiling():
+        return _call(given, options)
+    result = CALLS.run(given, options)
+    if result is None:
+        result = _call(given, options)
+        CALLS.keep(given, options, lambda: _plan(given, options))
+    elif output is not None:
+        increment_version(output)
+    return result
+
+
+def _call(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
+    """The function on tensors in the order of GIVEN and options in that of _checked_options, through an op."""
+    tensors, output, routing_bias = given[: len(TENSORS)], given[-2], given[-1]
+    optional = {
+        name: tensor for name, tensor in zip(OPTIONAL, given[len(TENSORS) : -2], strict=True) if tensor is not None
+    }
+    _check_tensors(tensors, optional, output)
+    options = _options(*values)
     if routing_bias is not None:
-        _check_routing_bias(routing_bias, num_experts, hidden_states.device)
-    if not do_finalize:
+        _check_routing_bias(routing_bias, options[NUM_EXPERTS], tensors[HIDDEN_STATES].device)
+    if not options[DO_FINALIZE]:
         if output is not None:
             raise ValueError(f"{FUNCTION}: output must be None with do_finalize=False, got a tensor")
         gemm2_output, *rest = ops.listed(*tensors, options, **optional)
         if "topk_weights" in optional:
             return [gemm2_output, optional["topk_weights"], *rest]
         return [gemm2_output, *rest]
-    if gemm1_lora_delta is not None:
+    if "gemm1_lora_delta" in optional:
         if output is None:
             return ops.listed(*tensors, options, **optional)
         return [output, *ops.lora_out(*tensors, options, output, **optional)]
@@ -178,6 +198,15 @@ def trtllm_fp8_block_scale_routed_moe(
     return output
 
 
+def _plan(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
+    """The plan of calls like this one, which _call has checked."""
+    by_name = dict(zip(GIVEN, given, strict=True))
+    call = ops.planned(given[:-1], _options(*values))
+    apart = by_name["topk_weights"] is not None
+    returned = ["topk_weights" if apart and name == "expert_weights" else name for name in call.problem.returned()]
+    return repeatable(call, by_name, returned)
+
+
 def _pair(topk_ids: Any) -> Any:
     if not isinstance(topk_ids, (tuple, list)) or len(topk_ids) != 2:
         given = f"{type(topk_ids).__name__}{f' of {len(topk_ids)}' if isinstance(topk_ids, (tuple, list)) else ''}"
@@ -185,6 +214,8 @@ def _pair(topk_ids: Any) -> Any:
             f"{FUNCTION}: topk_ids must be a torch.Tensor of packed ids, (expert id << 16) | (bfloat16 bits of the "
             f"weight & 0xFFFF), or a pair (topk_ids, topk_weights) of them, got {given}"
         )
+    if topk_ids[1] is None:
+        _check_tensor("topk_weights", None)
     return topk_ids
 
 

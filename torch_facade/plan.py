@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from jax_moe import native
 from jax_moe.problem import INPUTS, OUTPUTS, PER_EXPERT, Array, Options, Problem
 
 from .arguments import Layout, is_contiguous
+from .eager import plan_of
 
 FUNCTION = "trtllm_fp8_block_scale_routed_moe"
 
@@ -54,6 +55,7 @@ class Plan(NamedTuple):
     problem: Problem
     sizes: tuple[int, ...]  # bytes of INPUTS, then of OUTPUTS
     allocated: tuple[Allocation, ...]  # what the call has to allocate: the results, then what nobody gets to see
+    names: tuple[str, ...]  # of `allocated`
     num_results: int  # of `allocated`
     # From the pointers (0, those of the given tensors in the order of `layouts`, output, those of `allocated`) to those
     # of INPUTS and OUTPUTS.
@@ -78,8 +80,25 @@ def plan(
         problem,
         tuple(sizes.get(name, 0) for name in (*INPUTS, *OUTPUTS)),
         tuple(allocated.values()),
+        tuple(allocated),
         len(results_of(problem, output)),
         operator.itemgetter(*(buffers.index(name) if name in buffers else 0 for name in (*INPUTS, *OUTPUTS))),
+    )
+
+
+def repeatable(call: Plan, given: Mapping[str, torch.Tensor | None], returned: Sequence[str] | None = None) -> Any:
+    """The library's plan of calls like `call` on the tensors `given`, in their order.
+
+    returned: names of the results, which come as a list but for one alone; None: a list of the op's results.
+    """
+    return plan_of(
+        native.plan_forward,
+        call.problem,
+        dict(zip((*INPUTS, *OUTPUTS), call.sizes, strict=True)),
+        given,
+        dict(zip(call.names, call.allocated, strict=True)),
+        call.names[: call.num_results] if returned is None else returned,
+        returned is None or len(returned) != 1,
     )
 
 
