@@ -86,8 +86,12 @@ def torch_rows(device: str) -> Iterator[Row]:
         yield "torch eager, finalize", lambda: torch_facade.finalize(*parts)
     yield "torch, an addition", lambda: output + output
 
-    compiled = torch.compile(lambda: routed(**layer), fullgraph=True, backend="aot_eager")
-    yield "torch compiled", compiled
+    tensors = [given[name] for name in arrays()]
+    integers = [EXPERTS, TOP_K, 0, 0, INTER, OFFSET, LOCAL, 0, 0, 0, 1, 3, 1]
+    op = torch.ops.jax_moe.fp8_block_scale_routed_moe.default
+    yield "torch op, as compiled graphs call it", lambda: op(*tensors, integers)
+    yield "torch compiled", torch.compile(lambda: routed(**layer), fullgraph=True, backend="aot_eager")
+    yield "torch compiled, an addition", torch.compile(lambda: output + output, fullgraph=True, backend="aot_eager")
     if device != "cpu":
         graph = torch.cuda.CUDAGraph()
         routed(**layer)

@@ -174,8 +174,8 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled FP8 mixture-of-experts kernels; see jax_moe.native.";
   nb::class_<Plan>(m, "Plan", "What a call of certain layouts and options does: ffi/python_calls.h.");
   nb::class_<PlannedCalls>(m, "PlannedCalls", "Finds the plan of a call from its Python objects and runs it.")
-      .def(nb::init<nb::capsule, nb::tuple, std::vector<nb::callable>, nb::callable>(), "table"_a, "types"_a,
-           "watchers"_a, "is_grad_enabled"_a)
+      .def(nb::init<nb::capsule, nb::tuple, std::vector<nb::callable>, nb::callable, nb::object>(), "table"_a,
+           "types"_a, "watchers"_a, "is_grad_enabled"_a, "current_gpu"_a.none())
       .def("run", &PlannedCalls::Run, "tensors"_a, "options"_a)
       .def("keep", &PlannedCalls::Keep, "tensors"_a, "options"_a, "plan"_a);
 

@@ -4,11 +4,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "backends.h"
 #include "python_status.h"
-
-#if JAX_MOE_HAS_CUDA
-#include "cuda/device.h"
-#endif
 
 namespace nb = nanobind;
 
@@ -44,24 +41,15 @@ bool DescribeOption(nb::handle option, std::vector<int64_t>* key) {
   return true;
 }
 
-// Whether launches for a device go there without another one being made current.
-bool IsReady(dlpack::Device device) {
-  if (device.type == dlpack::kCpu) return true;
-#if JAX_MOE_HAS_CUDA
-  return device.type == dlpack::kCuda && cuda::IsCurrent(device.id);
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 PlannedCalls::PlannedCalls(nb::capsule table, nb::tuple types, std::vector<nb::callable> watchers,
-                           nb::callable is_grad_enabled)
+                           nb::callable is_grad_enabled, nb::object current_gpu)
     : table_(FindTable(table)),
       types_(std::move(types)),
       watchers_(std::move(watchers)),
       is_grad_enabled_(std::move(is_grad_enabled)),
+      current_gpu_(std::move(current_gpu)),
       requires_grad_("requires_grad"),
       is_neg_("is_neg") {}
 
@@ -86,6 +74,10 @@ bool PlannedCalls::IsOfGivenType(nb::handle object) const {
   for (size_t i = 0; i < types_.size(); ++i)
     if (object.type().is(types_[i])) return true;
   return false;
+}
+
+bool PlannedCalls::IsCurrent(dlpack::Device device) const {
+  return device.type == dlpack::kCuda && !current_gpu_.is_none() && nb::cast<int>(current_gpu_()) == device.id;
 }
 
 bool PlannedCalls::Read(nb::handle object, dlpack::Tensor* tensor) const {
@@ -126,7 +118,7 @@ bool PlannedCalls::Describe(nb::tuple tensors, nb::tuple options, bool grad, Cal
   }
   for (const nb::handle option : options)
     if (!DescribeOption(option, &call->key)) return false;
-  return IsReady(call->device);
+  return call->device.type == dlpack::kCpu || IsCurrent(call->device);
 }
 
 void PlannedCalls::Keep(nb::tuple tensors, nb::tuple options, nb::callable make_plan) {
@@ -162,7 +154,7 @@ nb::object PlannedCalls::Run(nb::tuple tensors, nb::tuple options) {
   const bool on_gpu = call.device.type == dlpack::kCuda;
   void* stream = nullptr;
   if (on_gpu && table_->current_work_stream(call.device.type, call.device.id, &stream) != 0) throw nb::python_error();
-  RunUnlocked([&] { return plan.launch(buffers, on_gpu ? call.device.id : -1, stream); });
+  RunUnlocked([&] { return plan.launch(buffers, on_gpu ? call.device.id : kOnCpu, stream); });
 
   const auto array = [&](int i) { return size_t(i) < given ? nb::object(tensors[i]) : allocated[i - given]; };
   if (!plan.returns_list) return array(plan.returned.at(0));

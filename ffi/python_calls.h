@@ -16,7 +16,7 @@ namespace jax_moe {
 
 // "Arrays" are the tensors that a call is given, then those that it allocates.
 struct Plan {
-  // Runs on the buffers of the contract, in its order. `device` is -1 for the CPU.
+  // Runs on the buffers of the contract, in its order. `device` and `stream` are those of backends.h.
   using Launch = std::function<Status(const std::vector<uintptr_t>& pointers, int device, void* stream)>;
   Launch launch;
   std::vector<int> arrays_of_buffers;        // the array that each buffer is, -1 where it is absent
@@ -27,10 +27,11 @@ struct Plan {
 
 class PlannedCalls {
  public:
-  // `table` is the capsule of DLPack's exchange table, `types` the types that it reads. Calls are left alone while one
-  // of `watchers` (of no arguments) returns something else than None, False or 0.
+  // `table` is the capsule of DLPack's exchange table, `types` the types that it reads. The rest are functions of no
+  // arguments. Calls are left alone while one of `watchers` returns something else than None, False or 0.
+  // `current_gpu` gives the number of the current device, and is None in a library of tensors that has no GPUs.
   PlannedCalls(nanobind::capsule table, nanobind::tuple types, std::vector<nanobind::callable> watchers,
-               nanobind::callable is_grad_enabled);
+               nanobind::callable is_grad_enabled, nanobind::object current_gpu);
 
   // The result of a call like one whose plan was kept; None where none was, or where the call is not a plain one:
   // nobody watches, and tensors are None or of exactly the given types, dense memory on one device, the current one if
@@ -58,12 +59,14 @@ class PlannedCalls {
   bool DescribeTensor(nanobind::handle object, bool grad, Call* call) const;
   bool IsWatched() const;
   bool IsOfGivenType(nanobind::handle object) const;
+  bool IsCurrent(dlpack::Device device) const;
   bool Read(nanobind::handle object, dlpack::Tensor* tensor) const;
 
   const dlpack::ExchangeTable* table_;  // null: every call is left alone
   nanobind::tuple types_;
   std::vector<nanobind::callable> watchers_;
   nanobind::callable is_grad_enabled_;
+  nanobind::object current_gpu_;
   nanobind::str requires_grad_, is_neg_;
   std::unordered_map<Key, std::shared_ptr<const Kept>, Hash> kept_;
 };

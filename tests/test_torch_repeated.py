@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import torch_facade  # noqa: E402
-from jax_moe import native  # noqa: E402
 from torch_facade import eager, finalization, logits, moe, ops  # noqa: E402
 
 NAME = "trtllm_fp8_block_scale_routed_moe"
@@ -340,30 +339,6 @@ def test_threads_share_the_plans() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_plans_are_forgotten_before_there_are_too_many() -> None:
-    tensors = [torch.zeros(1, n) for n in range(1, 4098)]
-    calls = native.load().PlannedCalls(eager.EXCHANGE_TABLE, eager.TYPES, [], torch.is_grad_enabled)
-    problem = finalizing.Case(tokens=0, rows=0).problem()
-    plan = native.plan_finalize(problem, [0] * 4, [-1] * 4, [], [0], False)
-    for tensor in tensors:
-        calls.keep((tensor,), (), lambda: plan)
-        assert calls.run((tensor,), ()) is tensor
-    assert calls.run((tensors[0],), ()) is None
-
-
-def test_options_are_told_apart_by_type_and_value() -> None:
-    calls = native.load().PlannedCalls(eager.EXCHANGE_TABLE, eager.TYPES, [], torch.is_grad_enabled)
-    problem = finalizing.Case(tokens=0, rows=0).problem()
-    plan = native.plan_finalize(problem, [0] * 4, [-1] * 4, [], [0], False)
-    tensor, one = torch.zeros(1), 10**9
-    calls.keep((tensor,), (one,), lambda: plan)
-    assert calls.run((tensor,), (int("1000000000"),)) is tensor
-    for other in (one + 1, float(one), -one, None, True, np.int64(one), "1000000000", 2**64 + one):
-        assert calls.run((tensor,), (other,)) is None
-    for other in (None, torch.zeros(2), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int32), 3):
-        assert calls.run((other,), (one,)) is None
 
 
 @pytest.mark.parametrize("lacking", ["EXCHANGE_TABLE", "WATCHERS"])

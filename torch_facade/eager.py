@@ -61,7 +61,8 @@ def _planned_calls() -> Any:
         return False
     if EXCHANGE_TABLE is None:
         return False
-    return native.load().PlannedCalls(EXCHANGE_TABLE, TYPES, watchers, torch.is_grad_enabled)
+    current_gpu = getattr(torch._C, "_cuda_getDevice", None)  # absent in builds for CPUs
+    return native.load().PlannedCalls(EXCHANGE_TABLE, TYPES, watchers, torch.is_grad_enabled, current_gpu)
 
 
 def plan_of(

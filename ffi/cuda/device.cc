@@ -73,11 +73,6 @@ Status CheckDevice(int device, int* num_sms) {
   return {};
 }
 
-bool IsCurrent(int device) {
-  int current = -1;
-  return cudaGetDevice(&current) == cudaSuccess && current == device;
-}
-
 DeviceGuard::DeviceGuard(int device) {
   int current = 0;
   status_ = CudaStatus(cudaGetDevice(&current), "cudaGetDevice");

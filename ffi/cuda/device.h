@@ -24,9 +24,6 @@ DeviceReport ReportDevices();
 // kUnsupported with the next step unless `device` is a Hopper GPU under a driver that serves this build.
 Status CheckDevice(int device, int* num_sms);
 
-// Whether `device` is the one that the calling thread has made current.
-bool IsCurrent(int device);
-
 // Makes `device` current and restores the one before.
 class DeviceGuard {
  public:
