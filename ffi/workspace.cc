@@ -33,6 +33,10 @@ class Carve {
 
 }  // namespace
 
+bool MayDecode(const Problem& p) {
+  return p.do_finalize && !p.has_gemm1_lora_delta && p.local_num_experts <= kMaxDecodeExperts;
+}
+
 Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   const int64_t h_blocks = p.hidden_size / kScaleBlock, i_blocks = p.intermediate_size / kScaleBlock;
   const int64_t experts = p.local_num_experts;
@@ -48,6 +52,7 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   w.expert_offsets = carve.Take<int32_t>({experts + 1, 0});
   w.chunk_histogram = carve.Take<int32_t>({kMaxRouteChunks * experts, 0});
   w.num_m_blocks = carve.Take<int32_t>({1, 0});
+  w.tickets = carve.Take<int32_t>({2, 0});
   w.m_blocks = carve.Take<MBlock>({experts + 1, (p.top_k + kBlockM - 1) / kBlockM});
   w.permuted_x_scale = carve.Take<float>({3 * h_blocks, p.top_k * h_blocks});
   if (p.has_gemm1_lora_delta) {
@@ -62,6 +67,11 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
                                        : static_cast<int32_t*>(buffers.expanded_idx_to_permuted_idx.data);
   w.y2 = p.do_finalize ? carve.Take<uint16_t>({0, p.top_k * p.hidden_size})
                        : static_cast<uint16_t*>(buffers.gemm2_output.data);
+  if (MayDecode(p)) {
+    w.decode_h = carve.Take<float>({kMaxDecodeSlots * p.intermediate_size, 0});
+    w.decode_codes = carve.Take<uint8_t>({kMaxDecodeSlots * p.intermediate_size, 0});
+    w.decode_scales = carve.Take<float>({kMaxDecodeSlots * ((i_blocks + 3) / 4 * 4), 0});
+  }
   w.size = carve.size();
   return w;
 }

@@ -19,6 +19,11 @@ struct alignas(16) MBlock {
   int16_t group_size;   // 1..kBlocksPerGroup
 };
 
+// A call of at most so many tokens, slots and local experts may take the decode kernels.
+inline constexpr int kMaxDecodeTokens = 16;
+inline constexpr int kMaxDecodeSlots = 128;
+inline constexpr int kMaxDecodeExperts = 4096;
+
 // A large call is routed in at most this many chunks of consecutive expanded indices.
 inline constexpr int kMaxRouteChunks = 128;
 
@@ -31,14 +36,22 @@ struct Workspace {
   int32_t* expert_offsets;                // [L + 1]           first permuted row of each local expert
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks]
   int32_t* num_m_blocks;                  // [1]
+  int32_t* tickets;                       // [2]               tiles taken of each GEMM
   MBlock* m_blocks;                       // [T*K/128 + L + 1]
   float* permuted_x_scale;                // [H/128, scale_stride]
-  uint8_t* h;            // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
-  float* h_scale;        // [I/128, scale_stride], or the result gemm1_activation_scale
-  uint16_t* y2;          // bf16 [T*K, H]     or the result gemm2_output without do_finalize
-  int64_t scale_stride;  // Problem::scale_stride()
-  AffineBytes size;      // an upper bound for every number of tokens
+  uint8_t* h;      // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
+  float* h_scale;  // [I/128, scale_stride], or the result gemm1_activation_scale
+  uint16_t* y2;    // bf16 [T*K, H]     or the result gemm2_output without do_finalize
+  // Of calls that could take the decode kernels: the activation of a slot, in float32, then quantised.
+  float* decode_h;        // f32 [kMaxDecodeSlots, I]
+  uint8_t* decode_codes;  // e4m3 [kMaxDecodeSlots, I]
+  float* decode_scales;   // [kMaxDecodeSlots, I/128 rounded up to a multiple of 4]
+  int64_t scale_stride;   // Problem::scale_stride()
+  AffineBytes size;       // an upper bound for every number of tokens
 };
+
+// Whether its options let a problem take the decode kernels, whatever its number of tokens.
+bool MayDecode(const Problem& problem);
 
 // Pointers are offsets from buffers.workspace.data rounded up to 256 bytes; with null data only `size` means anything.
 Workspace CarveWorkspace(const Problem& problem, const Buffers& buffers);

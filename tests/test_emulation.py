@@ -30,6 +30,12 @@ RIGHT = (
     "tensor_map_rules",
     "multiply",
     "multiply_gathered",
+    "named_barriers",
+    "atomics",
+    "boxes_of_rank_three",
+    "decode",
+    "overlap",
+    "overlap_mbarrier_orders",
 )
 # What is said of each mistake, in every order of events.
 WRONG = {
@@ -53,8 +59,9 @@ WRONG = {
     "stack_overflow": "the stack of thread",
     "shared_memory_not_asked_for": "cudaFuncSetAttribute",
     "too_many_registers": "67584 registers",
+    "registers_of_one_warp": "thread 224 has asked for 40 registers, thread 128 of its warpgroup for 0",
     "no_proxy_fence": "no fence_proxy_async",
-    "no_cp_async_wait": "no fence_proxy_async|wrong product",
+    "no_cp_async_wait": "a cp.async of thread .*has not waited",
     "no_wgmma_fence": r"without a wgmma_fence\(\)",
     "no_wgmma_commit": "not committed",
     "early_release": "race: a write.*after the read",
@@ -66,6 +73,32 @@ WRONG = {
     "other_order": "other operands than in another warp",
     "misplaced_tile": "does not begin at a multiple of 1024",
     "unswizzled_a": "wrong product",
+    "decode_no_full_wait": "race",
+    "decode_no_barrier": "race",
+    "decode_no_cp_async_wait": "a cp.async of thread .*has not waited",
+    "decode_few_at_barrier": "barrier 15",
+    "decode_early_release": "race",
+    "misaligned_matrix_row": "a row of ldmatrix.*misaligned",
+    "matrix_row_outside": "outside the CTA's memory",
+    "unswizzled_matrix": "wrong product",
+    "lane_missing_at_matrix": "ldmatrix",
+    "lane_elsewhere_at_matrix": "(mma.sync with.*ldmatrix|ldmatrix with.*mma.sync)",
+    "box_of_rank_two": "a bulk copy of rank 2 through a tensor map of rank 3",
+    "box_counted_inside_only": "a bulk copy brings",
+    "misaligned_box": "from element 8 of a row, which is misaligned",
+    "misplaced_box": "to shared address.*misaligned",
+    "overlap_no_wait": "read before wait_for_previous_kernel.*written it: byte .* of 'y'",
+    "overlap_early_read": "read before wait_for_previous_kernel.*written it: byte .* of 'y'",
+    "overlap_early_bulk_copy": "read before wait_for_previous_kernel.*written it: byte 0 of 'y'",
+    "overlap_early_cp_async": "read before wait_for_previous_kernel.*written it: byte .* of 'y'",
+    "overlap_early_write": "written before wait_for_previous_kernel.*accessed it: byte .* of 'y'",
+    "overlap_early_write_of_input": "written before wait_for_previous_kernel.*accessed it: byte .* of 'x'",
+    "overlap_early_atomic": "written before wait_for_previous_kernel.*accessed it: byte .* of 'y'",
+    "overlap_read_only_path": "read-only load.* of 'y'",
+    "overlap_read_only_own": "read-only load.* which this kernel writes: byte .* of 'z'",
+    "overlap_lane_zero_waits": "read before wait_for_previous_kernel.*written it: byte .* of 'y'",
+    "overlap_nobody_waits": "no thread of it has called wait_for_previous_kernel",
+    "overlap_unknown_before": "may have written it: byte .* of 'x'",
 }
 
 
@@ -103,6 +136,17 @@ def test_conversions_round_as_the_formats_say(emulator: emulated.Emulator) -> No
     assert np.all(e4m3[~number] == 0x7F) and np.all(bf16[~number] == 0x7FFF)
 
 
+def test_every_e4m3_code_becomes_f16(emulator: emulated.Emulator) -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    found = np.empty(256, np.uint16)
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (codes, found)]
+    emulator.library.emulated_decode(pointers[0], ctypes.c_int64(64), pointers[1])
+    expected = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float16)
+    number = ~np.isnan(expected)
+    np.testing.assert_array_equal(found[number], expected[number].view(np.uint16))
+    assert np.all(found[~number] == 0x7FFF)
+
+
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 def check(case: cases.Case, given: cases.Arrays, outputs: dict[str, np.ndarray]) -> None:
     """Against the reference; permuted rows that the map does not name are left alone."""
@@ -117,6 +161,18 @@ def check(case: cases.Case, given: cases.Arrays, outputs: dict[str, np.ndarray])
 def test_results_are_the_references(emulator: emulated.Emulator, case: cases.Case) -> None:
     given = cases.arrays(case)
     check(case, given, emulated.run(emulator, case, given, seed=len(case.name)))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 7168, 256, 2, 1), (1, 2048, 256, 8, 8), (4, 2048, 768, 8, 2), (16, 2048, 256, 8, 2), (1, 1024, 2048, 2, 1)],
+    ids=lambda sizes: "x".join(map(str, sizes)),
+)
+def test_wide_layers_on_a_whole_gpu(emulator: emulated.Emulator, sizes: tuple[int, ...]) -> None:
+    """Few tokens, experts as wide as real ones: rings that wrap and CTAs with several tiles."""
+    case = cases.Case("wide", *sizes)
+    given = cases.arrays(case)
+    check(case, given, emulated.run(emulator, case, given, seed=3, num_sms=132))
 
 
 @pytest.mark.parametrize(

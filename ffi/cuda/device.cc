@@ -73,12 +73,12 @@ Status CheckDevice(int device, int* num_sms) {
   return {};
 }
 
+// NOTE: also when it is current already: a thread's first cudaSetDevice gives it the context that tensor maps need.
 DeviceGuard::DeviceGuard(int device) {
   int current = 0;
   status_ = CudaStatus(cudaGetDevice(&current), "cudaGetDevice");
-  if (!status_.ok() || current == device) return;
-  status_ = CudaStatus(cudaSetDevice(device), "cudaSetDevice");
-  if (status_.ok()) previous_ = current;
+  if (status_.ok()) status_ = CudaStatus(cudaSetDevice(device), "cudaSetDevice");
+  if (status_.ok() && current != device) previous_ = current;
 }
 
 DeviceGuard::~DeviceGuard() {

@@ -18,8 +18,8 @@ Status FinalizeRows(const FinalizeProblem& p, const FinalizeBuffers& b, int devi
   f.y2 = static_cast<const uint16_t*>(b.gemm2_output.data);
   f.num_rows = int(p.num_rows);
   f.expanded_idx_to_permuted_idx = static_cast<const int32_t*>(b.expanded_idx_to_permuted_idx.data);
-  f.weights = b.expert_weights.data;
-  f.weights_type = ElementBytes(p.weights_dtype) == 2 ? WeightsType::kBFloat16 : WeightsType::kFloat32;
+  const bool bf16 = p.weights_dtype == int64_t(DataType::kBFloat16);
+  f.weights = {b.expert_weights.data, bf16 ? WeightsType::kBFloat16 : WeightsType::kFloat32};
   f.output = static_cast<uint16_t*>(b.output.data);
   f.top_k = int(p.top_k);
   f.hidden = int(p.hidden_size);

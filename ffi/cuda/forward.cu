@@ -8,10 +8,11 @@
 #include <set>
 
 #include "../workspace.h"
+#include "call.h"
+#include "decode.h"
 #include "device.h"
 #include "kernels/finalize.cuh"
 #include "kernels/grouped_gemm_sm90.cuh"
-#include "kernels/permute.cuh"
 #include "kernels/route.cuh"
 #include "launch.h"
 #include "select.h"
@@ -20,26 +21,15 @@
 namespace jax_moe::cuda {
 namespace {
 
-struct Call {
-  const Problem& p;
-  const Buffers& buffers;
-  const Workspace& workspace;
-  const Config& config;
-  cudaStream_t stream;
-};
+static_assert(kGemm1SharedBytes <= kMaxSharedBytes && kGemm2SharedBytes <= kMaxSharedBytes, "shared memory of an SM");
 
 unsigned Ctas(int64_t items, int64_t per_cta) { return unsigned((items + per_cta - 1) / per_cta); }
 
 Status Route(const Call& c) {
   RouteParameters r{};
-  r.topk_ids = static_cast<const int32_t*>(c.buffers.topk_ids.data);
-  r.local_expert_offset = static_cast<const int32_t*>(c.buffers.local_expert_offset.data);
-  r.offset = c.p.local_expert_offset;
-  r.packed = c.p.topk_weights_dtype == int64_t(DataType::kNone);
+  r.slots = c.slot_experts();
   r.num_expanded = int(c.p.expanded_rows());
   r.top_k = int(c.p.top_k);
-  r.num_experts = int(c.p.num_experts);
-  r.local_num_experts = int(c.p.local_num_experts);
   r.num_chunks = c.config.route_chunks;
   r.chunk_size = c.config.route_chunk_size;
   r.chunk_histogram = c.workspace.chunk_histogram;
@@ -49,41 +39,21 @@ Status Route(const Call& c) {
   r.expert_offsets = c.workspace.expert_offsets;
   r.num_m_blocks = c.workspace.num_m_blocks;
   r.m_blocks = c.workspace.m_blocks;
-  r.expert_weights = r.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
-  const LaunchShape shape{unsigned(r.num_chunks), kRouteThreads, unsigned(r.local_num_experts) * 4};
-  if (r.num_chunks > 1)
-    if (Status s = Launch("route_count", route_count, shape, c.stream, r); !s.ok()) return s;
+  r.tickets = c.workspace.tickets;
+  r.expert_weights =
+      r.slots.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
+  LaunchShape shape{unsigned(r.num_chunks), kRouteThreads, unsigned(r.slots.local_num_experts) * 4};
+  LaunchShape first = shape;
+  if (c.p.hidden_states_are_bf16()) {
+    r.tokens = {static_cast<const uint16_t*>(c.buffers.hidden_states.data), c.workspace.x, c.workspace.x_scale,
+                c.p.num_tokens * c.p.hidden_size / kScaleBlock};
+    first.grid += unsigned(c.config.quantize_ctas);
+  }
+  if (r.num_chunks == 1) return Launch("route_scatter", route_scatter, first, c.stream, r);
+  if (Status s = Launch("route_count", route_count, first, c.stream, r); !s.ok()) return s;
+  shape.overlap_previous = true;
   return Launch("route_scatter", route_scatter, shape, c.stream, r);
 }
-
-Status Permute(const Call& c) {
-  const int64_t h_blocks = c.p.hidden_size / kScaleBlock;
-  PermuteScalesParameters s{};
-  if (c.p.hidden_states_are_bf16()) {
-    const int64_t num_blocks = c.p.num_tokens * h_blocks;
-    Status status = Launch("quantize_activations", quantize_activations,
-                           {Ctas(num_blocks, kQuantizeBlocksPerCta), kQuantizeThreads}, c.stream,
-                           static_cast<const uint16_t*>(c.buffers.hidden_states.data), c.workspace.x,
-                           c.workspace.x_scale, num_blocks);
-    if (!status.ok()) return status;
-    s.scales = c.workspace.x_scale;
-    s.block_stride = 1;
-    s.token_stride = h_blocks;
-  } else {
-    s.scales = static_cast<const float*>(c.buffers.hidden_states_scale.data);
-    s.block_stride = c.p.hidden_states_scale_block_stride;
-    s.token_stride = c.p.hidden_states_scale_token_stride;
-  }
-  s.permuted_idx_to_token = c.workspace.permuted_idx_to_token;
-  s.num_rows = c.workspace.expert_offsets + c.p.local_num_experts;
-  s.num_blocks = int(h_blocks);
-  s.permuted_scales = c.workspace.permuted_x_scale;
-  s.scale_stride = c.workspace.scale_stride;
-  const unsigned grid = Ctas(c.p.expanded_rows(), kPermuteThreads) * Ctas(h_blocks, kPermuteBlocksPerCta);
-  return Launch("permute_scales", permute_scales, {grid, kPermuteThreads}, c.stream, s);
-}
-
-const float* Floats(const Buffer& buffer) { return static_cast<const float*>(buffer.data); }
 
 // The weights [L, rows, k] of one GEMM, in the caller's layout.
 Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k,
@@ -103,27 +73,24 @@ Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale
 Status Gemm1(const Call& c) {
   const Workspace& w = c.workspace;
   const int64_t hidden = c.p.hidden_size, inter = c.p.intermediate_size;
-  CUtensorMap a_scale_map, b_map;
+  CUtensorMap b_map;
   GemmShape shape{};
   shape.column_step = c.p.gated() ? 128 : 256;
   shape.half_step = c.p.gated() ? int(inter) : 128;
-  Status s = EncodeScales(&a_scale_map, w.permuted_x_scale, hidden / kScaleBlock, c.p.expanded_rows(), w.scale_stride,
-                          kScaleBox);
-  if (s.ok())
-    s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden, &b_map,
-                        &shape);
+  Status s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden,
+                             &b_map, &shape);
   if (!s.ok()) return s;
-  const void* x = c.p.hidden_states_are_bf16() ? w.x : c.buffers.hidden_states.data;
-  const GatherA gather{static_cast<const uint8_t*>(x), w.permuted_idx_to_token};
-  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm1_columns};
-  const ActivationChoice activation{ActivationType(c.p.activation_type), Floats(c.buffers.gemm1_alpha),
-                                    Floats(c.buffers.gemm1_beta), Floats(c.buffers.gemm1_clamp_limit)};
+  GatherA gather{static_cast<const uint8_t*>(c.buffers.hidden_states.data), w.permuted_idx_to_token,
+                 Floats(c.buffers.hidden_states_scale), c.p.hidden_states_scale_block_stride,
+                 c.p.hidden_states_scale_token_stride};
+  if (c.p.hidden_states_are_bf16()) gather = {w.x, w.permuted_idx_to_token, w.x_scale, 1, hidden / kScaleBlock};
+  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.tickets, c.config.gemm1_columns};
   const void* delta = c.p.has_gemm1_lora_delta ? c.buffers.gemm1_lora_delta.data : nullptr;
   const LoraDelta lora{static_cast<const uint16_t*>(delta), w.permuted_idx_to_expanded_idx, c.p.gemm1_rows()};
   const ActivationEpilogue epilogue{
-      w.h, w.h_scale, inter, w.scale_stride, activation, lora, c.p.use_shuffled_weight != 0};
-  return Launch("gemm1_sm90", gemm1_sm90, {unsigned(c.config.gemm1_grid), kGemmThreads, kGemm1SharedBytes}, c.stream,
-                a_scale_map, b_map, gather, shape, schedule, epilogue);
+      w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, c.p.use_shuffled_weight != 0};
+  return Launch("gemm1_sm90", gemm1_sm90, {unsigned(c.config.gemm1_grid), kGemmThreads, kGemm1SharedBytes, true},
+                c.stream, b_map, gather, shape, schedule, epilogue);
 }
 
 Status Gemm2(const Call& c) {
@@ -133,15 +100,15 @@ Status Gemm2(const Call& c) {
   GemmShape shape{};
   shape.column_step = 256;
   shape.half_step = 128;
-  Status s = EncodeBytes(&a_map, w.h, rows, inter, kBlockM);
+  Status s = EncodeBytes(&a_map, w.h, rows, inter, kBoxRows);
   if (s.ok()) s = EncodeScales(&a_scale_map, w.h_scale, inter / kScaleBlock, rows, w.scale_stride, kScaleBox);
   if (s.ok())
     s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &b_map, &shape);
   if (!s.ok()) return s;
-  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm2_columns};
+  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.tickets + 1, c.config.gemm2_columns};
   const Bf16Epilogue epilogue{w.y2, hidden, c.p.use_shuffled_weight != 0};
-  return Launch("gemm2_sm90", gemm2_sm90, {unsigned(c.config.gemm2_grid), kGemmThreads, kGemm2SharedBytes}, c.stream,
-                a_map, a_scale_map, b_map, shape, schedule, epilogue);
+  return Launch("gemm2_sm90", gemm2_sm90, {unsigned(c.config.gemm2_grid), kGemmThreads, kGemm2SharedBytes, true},
+                c.stream, a_map, a_scale_map, b_map, shape, schedule, epilogue);
 }
 
 Status Finalize(const Call& c) {
@@ -149,16 +116,13 @@ Status Finalize(const Call& c) {
   FinalizeParameters f{};
   f.y2 = c.workspace.y2;
   f.expanded_idx_to_permuted_idx = c.workspace.expanded_idx_to_permuted_idx;
-  const bool packed = c.p.topk_weights_dtype == int64_t(DataType::kNone);
-  const bool bf16 = c.p.topk_weights_dtype == int64_t(DataType::kBFloat16);
-  f.weights = packed ? c.buffers.topk_ids.data : c.buffers.topk_weights.data;
-  f.weights_type = packed ? WeightsType::kPacked : bf16 ? WeightsType::kBFloat16 : WeightsType::kFloat32;
+  f.weights = c.slot_weights();
   f.output = static_cast<uint16_t*>(c.buffers.output.data);
   f.top_k = int(c.p.top_k);
   f.hidden = int(c.p.hidden_size);
   f.num_rows = int(c.p.expanded_rows());
   const unsigned grid = unsigned(c.p.num_tokens) * Ctas(c.p.hidden_size, kFinalizeColumnsPerCta);
-  return Launch("finalize", finalize, {grid, kFinalizeThreads}, c.stream, f);
+  return Launch("finalize", finalize, {grid, kFinalizeThreads, 0, true}, c.stream, f);
 }
 
 // The flag is on when the variable is set to anything but "" and "0"; read once.
@@ -207,15 +171,17 @@ Status Forward(const Problem& problem, const Buffers& buffers, int device, void*
   const struct {
     Stage stage;
     const char* name;
-    Status (*run)(const Call&);
-  } order[] = {{kRoute, "route", Route},
-               {kPermute, "permute", Permute},
-               {kGemm1, "gemm1", Gemm1},
-               {kGemm2, "gemm2", Gemm2},
-               {kFinalize, "finalize", Finalize}};
+    Status (*grouped)(const Call&);  // null: nothing to do
+    Status (*decode)(const Call&);
+  } order[] = {{kRoute, "route", Route, nullptr},
+               {kPermute, "permute", nullptr, nullptr},
+               {kGemm1, "gemm1", Gemm1, DecodeGemm1},
+               {kGemm2, "gemm2", Gemm2, DecodeGemm2},
+               {kFinalize, "finalize", Finalize, nullptr}};
   for (const auto& step : order) {
-    if (!(stages & step.stage)) continue;
-    if (Status s = step.run(call); !s.ok()) return s;
+    const auto run = config.decode.used ? step.decode : step.grouped;
+    if (run == nullptr || !(stages & step.stage)) continue;
+    if (Status s = run(call); !s.ok()) return s;
     if (Status s = CheckStage(step.name, call.stream); !s.ok()) return s;
   }
   return {};

@@ -22,7 +22,10 @@ Status AllowSharedMemory(const char* name, const void* kernel, int bytes);
 struct LaunchShape {
   unsigned grid;
   unsigned threads;
-  unsigned shared_bytes = 0;
+  unsigned shared_bytes = 0;  // dynamic
+  // Programmatic dependent launch: CTAs may start before the kernel before has ended, and wait for it themselves.
+  bool overlap_previous = false;
+  unsigned shared_limit = 128 * 1024;  // most of it that any call of the kernel asks for
 };
 
 // Arguments are converted to the kernel's parameter types, as in a <<<>>> launch.
@@ -31,7 +34,7 @@ Status Launch(const char* name, void (*kernel)(Parameters...), LaunchShape shape
               Arguments&&... arguments) {
   // NOTE: 48 KiB are there unasked, less what the kernel has statically.
   if (shape.shared_bytes > 40 * 1024) {
-    const int limit = std::max(int(shape.shared_bytes), 128 * 1024);
+    const int limit = int(std::max(shape.shared_bytes, shape.shared_limit));
     if (Status s = AllowSharedMemory(name, reinterpret_cast<const void*>(kernel), limit); !s.ok()) return s;
   }
   cudaLaunchConfig_t config{};
@@ -39,6 +42,11 @@ Status Launch(const char* name, void (*kernel)(Parameters...), LaunchShape shape
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = shape.overlap_previous ? 1 : 0;
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 

@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "../workspace.h"
+#include "kernels/decode_layout.h"
 
 namespace jax_moe::cuda {
 namespace {
@@ -15,15 +16,70 @@ constexpr int64_t kSingleRouteRounds = 4;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Bytes in flight an SM: under 64 KiB the memory is read visibly slower; far more only make everything else that is
+// read, tokens, scales and h, wait behind weights. Stages of 16 KiB, where K and the rows allow.
+constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
+constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 64 * 1024;
+// NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
+// beside the end of an earlier kernel. gemm2 fits beside it: its CTAs, one an SM, have their first weights when gemm1
+// ends.
+constexpr int kMoreThanHalf = 120 * 1024;
+
+bool FitTile(int64_t k, int rows, int ring_bytes, int other_bytes, int least_shared_bytes, DecodeTile* tile) {
+  const int k_blocks = int(k / kScaleBlock);
+  const int most_chunks = std::max(kStageBytes / (rows * int(kScaleBlock)), 1);
+  tile->steps = int(CeilDiv(k_blocks, most_chunks));
+  tile->chunks = int(CeilDiv(k_blocks, tile->steps));
+  tile->stage_bytes = rows * tile->chunks * int(kScaleBlock);
+  const int room = std::min(ring_bytes, kMaxSharedBytes - other_bytes);
+  tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages) / StageShares::kTeams * StageShares::kTeams;
+  tile->shared_bytes = std::max(tile->stages * tile->stage_bytes + other_bytes, least_shared_bytes);
+  return room >= kLeastRingBytes && StageShares(rows).blocks_of_tile(tile->chunks, tile->steps) <= 32;
+}
+
+// A few tokens: the weights of the active experts are all that matters, and reading them once at full rate is what
+// the decode kernels do. Tiles of gemm1 are as small as a product instruction allows, so that even one expert occupies
+// all SMs. gemm2 takes the widest slice that still gives two thirds of the SMs one each: that many read at full rate,
+// and every slice reads all of h.
+DecodeConfig SelectDecode(const Problem& p, int num_sms) {
+  DecodeConfig d{};
+  const int64_t tokens = p.num_tokens;
+  if (!MayDecode(p) || tokens > kMaxDecodeTokens || p.expanded_rows() > kMaxDecodeSlots) return d;
+  d.token_tiles = int(CeilDiv(tokens, 8));
+  d.slice_columns = 16;
+  for (int columns : {32, 64, 128})
+    if (p.hidden_size / columns >= num_sms * 2 / 3) d.slice_columns = columns;
+  const int h_blocks = int(p.hidden_size / kScaleBlock), i_blocks = int(p.intermediate_size / kScaleBlock);
+  const auto gemm2_bytes = [&](int h_buffers) {
+    return int(DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers).bytes);
+  };
+  const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles).bytes);
+  d.h_buffers = std::clamp(24 * 1024 / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);
+  const int gemm2_other = gemm2_bytes(d.h_buffers);
+  d.used = FitTile(p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1) &&
+           FitTile(p.intermediate_size, d.slice_columns, kGemm2RingBytes, gemm2_other, 0, &d.gemm2);
+  if (d.gemm1.shared_bytes + d.gemm2.shared_bytes > kSharedBytesOfSm - 2 * kReservedSharedBytes)
+    d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
+  d.overlap_previous = true;
+
+  const int64_t most_tiles = std::min(p.expanded_rows(), p.local_num_experts) * (p.gemm1_rows() / kDecodeGemm1Rows);
+  d.gemm1.grid = int(std::min<int64_t>(num_sms, most_tiles));
+  d.gemm2.grid = int(std::min<int64_t>(num_sms, p.hidden_size / d.slice_columns));
+  return d;
+}
+
 }  // namespace
 
 Config Select(const Problem& p, int num_sms) {
   Config c{};
+  c.decode = SelectDecode(p, num_sms);
   const int64_t rows = std::max<int64_t>(p.expanded_rows(), 1);
   const int64_t rounds = CeilDiv(rows, kRouteRound);
   const int64_t rounds_per_cta = rounds <= kSingleRouteRounds ? rounds : CeilDiv(rounds, kMaxRouteChunks);
   c.route_chunk_size = int(rounds_per_cta * kRouteRound);
   c.route_chunks = int(CeilDiv(rows, c.route_chunk_size));
+  // 64 blocks of 128 a CTA of 1024 threads, four times in flight; two CTAs an SM.
+  c.quantize_ctas = int(std::clamp<int64_t>(CeilDiv(p.num_tokens * p.hidden_size / kScaleBlock, 64), 1, 2 * num_sms));
 
   // A gated GEMM1 multiplies 128 up rows beside their 128 gate rows, all others 256 neighbours. One persistent CTA an
   // SM, fewer when even the worst routing has fewer tiles.
@@ -38,9 +94,17 @@ Config Select(const Problem& p, int num_sms) {
 std::string Explain(const Problem& p, int num_sms) {
   const Config c = Select(p, num_sms);
   std::ostringstream text;
+  if (const DecodeConfig& d = c.decode; d.used) {
+    text << "gemm1: decode_gemm_sm90, " << d.token_tiles * 8 << " token columns, tiles of " << kDecodeGemm1Rows
+         << " rows, ring of " << d.gemm1.stages << " x " << d.gemm1.stage_bytes << " bytes, " << d.gemm1.grid
+         << " CTAs\n"
+         << "gemm2: decode_gemm_sm90, slices of " << d.slice_columns << " columns, ring of " << d.gemm2.stages << " x "
+         << d.gemm2.stage_bytes << " bytes, " << d.gemm2.grid << " CTAs, weighted sum inside\n"
+         << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
+    return text.str();
+  }
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
-       << " launch(es)\n"
-       << "permute: " << (p.hidden_states_are_bf16() ? "quantise 1x128, " : "") << "scales to permuted order\n"
+       << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised 1x128 on the side" : "") << "\n"
        << "gemm1: grouped_gemm_sm90 " << (p.gated() ? "128x(128+128)x128" : "128x256x128")
        << ", gathered A, activation + 1x128 e4m3, " << c.gemm1_columns << " column tiles, " << c.gemm1_grid << " CTAs\n"
        << "gemm2: grouped_gemm_sm90 128x256x128, bf16, " << c.gemm2_columns << " column tiles, " << c.gemm2_grid

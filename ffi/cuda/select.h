@@ -7,9 +7,32 @@
 
 namespace jax_moe::cuda {
 
+inline constexpr int kMaxSharedBytes = 232448;  // dynamic shared memory that one CTA may have
+inline constexpr int kSharedBytesOfSm = 233472, kReservedSharedBytes = 1024;  // the system takes 1 KiB a CTA
+
+// A stage of a decode kernel's ring holds `chunks` blocks of 128 of K; a tile's K takes `steps` of them.
+struct DecodeTile {
+  int chunks, steps;
+  int stages, stage_bytes;
+  int shared_bytes;
+  int grid;
+};
+struct DecodeConfig {
+  bool used;
+  int token_tiles;    // of 8 tokens
+  int slice_columns;  // of the output, a tile of gemm2
+  int h_buffers;
+  bool overlap_previous;  // gemm1 starts before the kernel before this call has ended
+  DecodeTile gemm1, gemm2;
+};
+
 struct Config {
+  DecodeConfig decode;
+  // The rest is for the grouped kernels.
+
   int route_chunks;      // CTAs of the route kernels; one launch when 1
   int route_chunk_size;  // expanded indices a CTA
+  int quantize_ctas;     // of the first route kernel, for bf16 tokens
   int gemm1_grid;        // persistent CTAs
   int gemm2_grid;
   int gemm1_columns;  // column tiles of a row block

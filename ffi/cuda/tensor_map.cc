@@ -36,31 +36,46 @@ const Driver& GetDriver() {
   return driver;
 }
 
-Status Encode(CUtensorMap* map, CUtensorMapDataType type, const void* data, cuuint64_t columns, cuuint64_t rows,
-              cuuint64_t stride_bytes, cuuint32_t box_columns, cuuint32_t box_rows, CUtensorMapSwizzle swizzle) {
+Status Encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, const void* data, const cuuint64_t* sizes,
+              const cuuint64_t* strides, const cuuint32_t* box, CUtensorMapSwizzle swizzle) {
   const Driver& driver = GetDriver();
   if (!driver.status.ok()) return driver.status;
-  const cuuint64_t sizes[2] = {columns, rows}, strides[1] = {stride_bytes};
-  const cuuint32_t box[2] = {box_columns, box_rows}, steps[2] = {1, 1};
+  const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result =
-      driver.encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      driver.encode(map, type, rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                     swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return {};
-  return Status::Internal("cuTensorMapEncodeTiled: error " + std::to_string(int(result)) + " for " +
-                          std::to_string(rows) + " x " + std::to_string(columns));
+  std::string shape;
+  for (cuuint32_t i = 0; i < rank; ++i) shape = std::to_string(sizes[i]) + (i ? " x " : "") + shape;
+  return Status::Internal("cuTensorMapEncodeTiled: error " + std::to_string(int(result)) + " for " + shape);
+}
+
+Status Encode2d(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64_t columns, int64_t rows,
+                int64_t stride_bytes, int box_columns, int box_rows, CUtensorMapSwizzle swizzle) {
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride_bytes)};
+  const cuuint32_t box[2] = {cuuint32_t(box_columns), cuuint32_t(box_rows)};
+  return Encode(map, type, 2, data, sizes, strides, box, swizzle);
 }
 
 }  // namespace
 
 Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows) {
-  return Encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, data, columns, rows, columns, 128, box_rows,
-                CU_TENSOR_MAP_SWIZZLE_128B);
+  return Encode2d(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, data, columns, rows, columns, 128, box_rows,
+                  CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t chunks, int64_t row_bytes,
+                    int64_t chunk_bytes, int box_rows, int box_chunks) {
+  const cuuint64_t sizes[3] = {128, cuuint64_t(rows), cuuint64_t(chunks)};
+  const cuuint64_t strides[2] = {cuuint64_t(row_bytes), cuuint64_t(chunk_bytes)};
+  const cuuint32_t box[3] = {128, cuuint32_t(box_rows), cuuint32_t(box_chunks)};
+  return Encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 Status EncodeScales(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride,
                     int box_columns) {
-  return Encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data, columns, rows, stride * 4, box_columns, 1,
-                CU_TENSOR_MAP_SWIZZLE_NONE);
+  return Encode2d(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data, columns, rows, stride * 4, box_columns, 1,
+                  CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 }  // namespace jax_moe::cuda

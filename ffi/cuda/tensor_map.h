@@ -1,4 +1,4 @@
-// Tensor maps for TMA: two-dimensional arrays, boxes, 128-byte swizzle or none. Encoded on the host for every call from
+// Tensor maps for TMA: arrays, boxes, 128-byte swizzle or none. Encoded on the host for every call from
 // the current pointers and passed by value, which is what stream capture needs.
 #pragma once
 #include <cuda.h>
@@ -9,6 +9,9 @@ namespace jax_moe::cuda {
 
 // uint8 [rows, columns], boxes of box_rows x 128, swizzled so that wgmma reads them without bank conflicts.
 Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows);
+// uint8 [chunks][rows][128], rows and chunks so many bytes apart, in boxes of box_chunks x box_rows x 128, swizzled.
+Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t chunks, int64_t row_bytes,
+                    int64_t chunk_bytes, int box_rows, int box_chunks);
 // float32 [rows, columns] with rows `stride` elements apart, boxes of 1 x box_columns.
 Status EncodeScales(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_columns);
 

@@ -21,9 +21,9 @@ namespace {
 constexpr uint64_t kMagic = 0x7265697272616d00;  // in the 8 bytes of an mbarrier, to see them overwritten
 constexpr const char* kMeetings[] = {
     // in the order of Meeting
-    "__syncwarp",      "__shfl_sync", "__shfl_up_sync",   "__shfl_down_sync",
-    "__shfl_xor_sync", "a vote",      "__match_any_sync", "a warp reduction",
-    "stmatrix",        "wgmma",       "setmaxnreg",
+    "__syncwarp",       "__shfl_sync",      "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync", "a vote",
+    "__match_any_sync", "a warp reduction", "stmatrix",       "ldmatrix",         "mma.sync",        "wgmma",
+    "setmaxnreg",
 };
 
 struct NamedBarrier {
@@ -115,6 +115,8 @@ void barrier_sync(int id, int count) {
   while (b.uses == use) block(&b, {"barrier %llu of %llu threads", unsigned(id), unsigned(count)});
   if (count < num_threads()) acquire_from(b.clocks[use % 2]);
 }
+
+void barrier_arrive(int id, int count) { arrive_named(id, count, named[id & 15]); }
 
 // ---- mbarriers ------------------------------------------------------------------------------------------------------
 void init_mbarrier(uint32_t smem, uint32_t arrivals) {

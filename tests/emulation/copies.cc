@@ -3,15 +3,21 @@
 #include <algorithm>
 
 #include "machine.h"
+#include "overlap.h"
 
 namespace emulation {
 namespace {
 
-struct TensorMap {  // what a CUtensorMap holds here
+struct TensorMap {  // what a CUtensorMap holds here; of rank 2, the third dimension has one element
   uint64_t magic;
   const uint8_t* base;
-  uint64_t width, height, stride;  // elements, rows, bytes
-  uint32_t box_width, box_height, element_bytes, swizzle_128;
+  uint64_t sizes[3];    // elements, rows, planes
+  uint64_t strides[2];  // bytes between rows and between planes
+  uint32_t box[3];
+  uint32_t rank, element_bytes, swizzle_128;
+
+  uint32_t row_bytes() const { return box[0] * element_bytes; }
+  uint32_t box_bytes() const { return row_bytes() * box[1] * box[2]; }
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 constexpr uint64_t kMagic = 0x70616d726f736e65;
@@ -19,7 +25,7 @@ constexpr uint64_t kMagic = 0x70616d726f736e65;
 struct TensorLoad {
   uint32_t smem, barrier;
   TensorMap map;  // NOTE: a copy; the kernel's parameters are this thread's and may be gone when the copy lands
-  int x, y;
+  int x, y, z;
   Moment issued;
 };
 std::vector<TensorLoad> loads;
@@ -33,40 +39,54 @@ TensorMap read_map(const CUtensorMap* map) {
   return m;
 }
 
+// Elements [first, end) of a box's rows are inside the tensor.
+struct Columns {
+  int64_t first, end;
+};
+Columns columns_inside(const TensorLoad& load) {
+  const TensorMap& m = load.map;
+  const int64_t first = std::clamp<int64_t>(-int64_t(load.x), 0, m.box[0]);
+  return {first, std::clamp<int64_t>(int64_t(m.sizes[0]) - load.x, first, m.box[0])};
+}
+// Where element 0 of row `r` of a box would be; null when the row is outside the tensor. Rows of all planes count on.
+const uint8_t* row_inside(const TensorLoad& load, uint32_t r) {
+  const TensorMap& m = load.map;
+  const int64_t y = int64_t(load.y) + r % m.box[1], z = int64_t(load.z) + r / m.box[1];
+  if (y < 0 || y >= int64_t(m.sizes[1]) || z < 0 || z >= int64_t(m.sizes[2])) return nullptr;
+  return m.base + z * int64_t(m.strides[1]) + y * int64_t(m.strides[0]) + int64_t(load.x) * m.element_bytes;
+}
+
 void land(const TensorLoad& load) {
   const TensorMap& m = load.map;
-  const uint32_t row_bytes = m.box_width * m.element_bytes, bytes = row_bytes * m.box_height;
-  const SharedViews views = shared_views(load.smem, bytes, "bulk copy");
-  const int64_t first = std::clamp<int64_t>(-int64_t(load.x), 0, m.box_width);
-  const int64_t last = std::clamp<int64_t>(int64_t(m.width) - load.x, first, m.box_width);
-  std::vector<uint8_t> row(row_bytes);
-  for (uint32_t r = 0; r < m.box_height; ++r) {
+  const SharedViews views = shared_views(load.smem, m.box_bytes(), "bulk copy");
+  const Columns inside = columns_inside(load);
+  const uint32_t skipped = uint32_t(inside.first) * m.element_bytes;
+  std::vector<uint8_t> row(m.row_bytes());
+  for (uint32_t r = 0; r < m.box[1] * m.box[2]; ++r) {
     std::fill(row.begin(), row.end(), 0);
-    const int64_t y = int64_t(load.y) + r;
-    if (y >= 0 && y < int64_t(m.height) && last > first)
-      std::memcpy(row.data() + first * m.element_bytes,
-                  m.base + y * int64_t(m.stride) + (load.x + first) * m.element_bytes,
-                  (last - first) * m.element_bytes);
-    for (uint32_t i = 0; i < row_bytes; i += 16) {
-      const uint32_t linear = load.smem + r * row_bytes + i;
+    if (const uint8_t* from = row_inside(load, r); from && inside.end > inside.first)
+      std::memcpy(row.data() + skipped, from + skipped, (inside.end - inside.first) * m.element_bytes);
+    for (uint32_t i = 0; i < m.row_bytes(); i += 16) {
+      const uint32_t linear = load.smem + r * m.row_bytes() + i;
       const uint32_t at = (m.swizzle_128 ? linear ^ (linear >> 3 & 0x70) : linear) - load.smem;
       std::memcpy(views.ordinary + at, row.data() + i, 16);
       std::memcpy(views.async + at, row.data() + i, 16);
     }
   }
-  complete_mbarrier_bytes(load.barrier, bytes, load.issued);
+  complete_mbarrier_bytes(load.barrier, m.box_bytes(), load.issued);
 }
 
 void land(CpAsync& copy) {
   if (copy.landed) return;
-  std::memcpy(shared_views(copy.smem, 16, "cp.async").ordinary, copy.global, 16);
+  std::memcpy(shared_views(copy.smem, copy.bytes, "cp.async").ordinary, copy.global, copy.bytes);
   copy.landed = true;
 }
 
 void retire(std::vector<CpAsync>& group) {
   for (CpAsync& copy : group) {
     land(copy);
-    note_ordinary_write(*current, copy.smem, 16);
+    end_late_write(copy.smem, copy.bytes);
+    note_ordinary_write(*current, copy.smem, copy.bytes);
   }
 }
 
@@ -100,23 +120,41 @@ void finish_thread_copies(Thread& thread) {
 
 void check_tensor_map(const CUtensorMap* map) { read_map(map); }
 
-void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int rank, int x, int y, int z, uint32_t barrier) {
   const TensorMap m = read_map(map);
+  if (int(m.rank) != rank) fail("a bulk copy of rank %d through a tensor map of rank %u", rank, m.rank);
   if (smem % (m.swizzle_128 ? 1024 : 128)) fail("a bulk copy to shared address %#x, which is misaligned", smem);
   // Seen on an H100: an illegal instruction.
   if (int64_t(x) * m.element_bytes % 16) fail("a bulk copy from element %d of a row, which is misaligned", x);
-  const uint32_t bytes = m.box_width * m.element_bytes * m.box_height;
-  shared_views(smem, bytes, "bulk copy");
-  check_write(smem, bytes);
-  loads.push_back({smem, barrier, m, x, y, this_moment()});
+  shared_views(smem, m.box_bytes(), "bulk copy");
+  check_write(smem, m.box_bytes());
+  const TensorLoad load{smem, barrier, m, x, y, z, this_moment()};
+  const Columns inside = columns_inside(load);
+  for (uint32_t r = 0; r < m.box[1] * m.box[2]; ++r)
+    if (const uint8_t* row = row_inside(load, r); row && inside.end > inside.first)
+      check_global_read(row + inside.first * m.element_bytes, uint32_t(inside.end - inside.first) * m.element_bytes);
+  loads.push_back(load);
 }
 
-void queue_cp_async(uint32_t smem, const void* global) {
-  if (smem % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+// As a box of one row.
+void queue_bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
+  if (smem % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16)
+    fail("a bulk copy of %u bytes from %p to %#x is misaligned", bytes, global, smem);
+  shared_views(smem, bytes, "bulk copy");
+  check_write(smem, bytes);
+  check_global_read(global, bytes);
+  const TensorMap row{kMagic, static_cast<const uint8_t*>(global), {bytes, 1, 1}, {bytes, bytes}, {bytes, 1, 1}, 2, 1,
+                      0};
+  loads.push_back({smem, barrier, row, 0, 0, 0, this_moment()});
+}
+
+void queue_cp_async(uint32_t smem, const void* global, uint32_t bytes) {
+  if (smem % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
     fail("cp.async from %p to %#x is misaligned", global, smem);
-  shared_views(smem, 16, "cp.async");
-  check_write(smem, 16);
-  CpAsync copy{smem, global, false};
+  shared_views(smem, bytes, "cp.async");
+  begin_late_write(smem, bytes);
+  check_global_read(global, bytes);
+  CpAsync copy{smem, global, bytes, false};
   if (random_below(2)) land(copy);
   groups().back().push_back(copy);
 }
@@ -155,27 +193,25 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
       element_bytes = 8;
       break;
   }
+  if (rank != 2 && rank != 3) return CUDA_ERROR_INVALID_VALUE;
   const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
-  const bool emulated =
-      rank == 2 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
-      (swizzled || swizzle == CU_TENSOR_MAP_SWIZZLE_NONE) && element_strides[0] == 1 && element_strides[1] == 1;
-  const uint64_t box_bytes = uint64_t(box[0]) * element_bytes;
-  // The driver's rules for such maps.
-  const bool legal = reinterpret_cast<uintptr_t>(map) % 64 == 0 && reinterpret_cast<uintptr_t>(address) % 16 == 0 &&
-                     address && sizes[0] >= 1 && sizes[0] <= 1ull << 32 && sizes[1] >= 1 && sizes[1] <= 1ull << 32 &&
-                     strides[0] % 16 == 0 && strides[0] < 1ull << 40 && strides[0] >= sizes[0] * element_bytes &&
-                     box[0] >= 1 && box[0] <= 256 && box[1] >= 1 && box[1] <= 256 && box_bytes % 16 == 0 &&
-                     (!swizzled || box_bytes <= 128);
-  if (!emulated || !legal || (swizzled && box_bytes != 128)) return CUDA_ERROR_INVALID_VALUE;
-  const emulation::TensorMap m{emulation::kMagic,
-                               static_cast<const uint8_t*>(address),
-                               sizes[0],
-                               sizes[1],
-                               strides[0],
-                               box[0],
-                               box[1],
-                               element_bytes,
-                               swizzled};
+  emulation::TensorMap m{
+      emulation::kMagic, static_cast<const uint8_t*>(address), {1, 1, 1}, {0, 0}, {1, 1, 1}, rank, element_bytes,
+      swizzled};
+  std::copy(sizes, sizes + rank, m.sizes);
+  std::copy(strides, strides + rank - 1, m.strides);
+  std::copy(box, box + rank, m.box);
+  const bool emulated = interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
+                        (swizzled ? m.row_bytes() == 128 : swizzle == CU_TENSOR_MAP_SWIZZLE_NONE) &&
+                        std::all_of(element_strides, element_strides + rank, [](uint32_t step) { return step == 1; });
+  // The driver's rules for such maps. It takes strides in any order, so that a plane may lie between two rows.
+  bool legal = reinterpret_cast<uintptr_t>(map) % 64 == 0 && reinterpret_cast<uintptr_t>(address) % 16 == 0 &&
+               address && m.row_bytes() % 16 == 0;
+  for (const uint64_t size : m.sizes) legal &= size >= 1 && size <= 1ull << 32;
+  for (const uint32_t length : m.box) legal &= length >= 1 && length <= 256;
+  for (cuuint32_t i = 0; i + 1 < rank; ++i)
+    legal &= strides[i] % 16 == 0 && strides[i] < 1ull << 40 && strides[i] >= sizes[0] * element_bytes;
+  if (!emulated || !legal) return CUDA_ERROR_INVALID_VALUE;
   std::memset(map, 0, sizeof *map);
   std::memcpy(map, &m, sizeof m);
   return CUDA_SUCCESS;

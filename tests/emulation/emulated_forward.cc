@@ -4,6 +4,7 @@
 #include "../../ffi/workspace.h"
 #include "guarded_memory.h"
 #include "machine.h"
+#include "overlap.h"
 
 namespace {
 
@@ -34,6 +35,7 @@ int emulated_forward(const int64_t* problem_fields, void** pointers, const int64
 #undef BUFFER
   emulation::settings.seed = seed;
   emulation::settings.num_sms = num_sms;
+  emulation::forget_earlier_kernels();
   const jax_moe::Status status = jax_moe::cuda::Forward(problem, buffers, 0, nullptr, stages);
   std::snprintf(message, message_bytes, "%s", status.message.c_str());
   return int(status.code);

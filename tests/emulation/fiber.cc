@@ -29,10 +29,14 @@ uint8_t* stack(int index) {
 
 }  // namespace
 
-int overflown_stack(const void* address) {
+bool on_fiber_stack(const void* address) {
   const auto* p = static_cast<const uint8_t*>(address);
-  if (!stacks || p < stacks || p >= stacks + kMaxFibers * kStackBytes) return -1;
-  const size_t offset = size_t(p - stacks);
+  return stacks && p >= stacks && p < stacks + kMaxFibers * kStackBytes;
+}
+
+int overflown_stack(const void* address) {
+  if (!on_fiber_stack(address)) return -1;
+  const size_t offset = size_t(static_cast<const uint8_t*>(address) - stacks);
   return offset % kStackBytes < kPage ? int(offset / kStackBytes) : -1;
 }
 

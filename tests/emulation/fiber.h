@@ -22,6 +22,7 @@ struct Fiber {
 // Prepares `fiber` to run entry(); entry never returns. Stack number `index` is reused by later fibers of that number.
 void prepare_fiber(Fiber& fiber, int index, void (*entry)());
 void switch_fiber(Fiber& from, Fiber& to);
+bool on_fiber_stack(const void* address);
 // The number of the stack whose trap page holds this address, or -1.
 int overflown_stack(const void* address);
 

@@ -52,6 +52,8 @@ bool free_guarded(void* pointer) {
   return false;
 }
 
+bool is_guarded(const void* address) { return !describe_address(address).empty(); }
+
 std::string describe_address(const void* address) {
   const auto* p = static_cast<const uint8_t*>(address);
   for (const Guarded& b : buffers)

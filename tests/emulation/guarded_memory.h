@@ -11,6 +11,7 @@ inline constexpr int64_t kSparseBytes = int64_t(1) << 30;
 void* allocate_guarded(int64_t bytes, bool at_start, const char* name);
 // Says whether the up to 15 bytes between the buffer and the trap page are as they were.
 bool free_guarded(void* buffer);
+bool is_guarded(const void* address);
 // Where an address is, seen from the nearest buffer; empty when it is near none.
 std::string describe_address(const void* address);
 

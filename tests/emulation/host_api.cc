@@ -3,6 +3,7 @@
 #include <map>
 
 #include "machine.h"
+#include "overlap.h"
 
 namespace emulation {
 namespace {
@@ -33,7 +34,13 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
   if (grid.x < 1 || grid.x > 0x7FFFFFFFu || block.x < 1 || block.x > 1024) return refuse("an illegal grid or block");
   if (config.dynamicSmemBytes > size_t(limit))
     return refuse("more dynamic shared memory than was asked for by cudaFuncSetAttribute");
-  return run_grid(thread, grid, block, uint32_t(config.dynamicSmemBytes));
+  bool overlaps_previous = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization)
+      return refuse("a launch attribute that is not emulated");
+    overlaps_previous = config.attrs[i].val.programmaticStreamSerializationAllowed != 0;
+  }
+  return run_grid(thread, grid, block, uint32_t(config.dynamicSmemBytes), overlaps_previous);
 }
 
 }  // namespace emulation
@@ -87,6 +94,7 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  emulation::begin_kernel(false);  // it overlaps nothing, nor does a kernel after it overlap it
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }

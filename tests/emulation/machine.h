@@ -18,6 +18,7 @@ struct Collective;
 struct CpAsync {
   uint32_t smem;
   const void* global;
+  uint32_t bytes;
   bool landed;
 };
 struct WgmmaOp {
@@ -52,13 +53,15 @@ struct Thread {
   std::vector<Accumulator> accumulators;
   size_t executed_wgmmas;
   bool wgmmas_committed, wgmma_fenced;
-  int registers;  // 0: as launched
+  int registers;               // 0: as launched
+  bool earlier_kernels_ended;  // has waited for them, or is behind a thread that has
 };
 
 // scheduler.cc
 extern Thread* current;         // null on the host
 extern std::string last_error;  // of the launch that failed
-cudaError_t run_grid(const std::function<void()>& each_thread, dim3 grid, dim3 block, uint32_t dynamic_bytes);
+cudaError_t run_grid(const std::function<void()>& each_thread, dim3 grid, dim3 block, uint32_t dynamic_bytes,
+                     bool overlaps_previous);
 Thread& thread(int index);
 int num_threads();
 uint32_t random_below(uint32_t limit);  // seeded

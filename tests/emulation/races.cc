@@ -6,11 +6,14 @@
 #include <algorithm>
 
 #include "machine.h"
+#include "overlap.h"
 
 namespace emulation {
 namespace {
 
 constexpr uint32_t kGranule = 2, kSpace = 256 * 1024, kMaxWarps = 32;
+
+constexpr uint32_t kNotOver = ~0u;
 
 struct Stamp {
   uint32_t time;  // 0: never
@@ -22,19 +25,25 @@ Stamp readers[kMaxWarps][kSpace / kGranule];
 std::vector<Clock> clocks;  // of each thread
 uint32_t start = 0;         // stamps up to this time are in the past of all threads
 int num_warps = 0;
+uint32_t late_begin = kSpace, late_end = 0;  // granules outside have had no late write in this CTA
 
-bool unordered(const Stamp& stamp) { return stamp.time > start && stamp.time > clocks[current->index][stamp.thread]; }
+bool unordered(const Stamp& stamp) { return !in_past({stamp.thread, stamp.time}); }
 
 [[noreturn]] void report(const char* what, const char* before, uint32_t offset, const Stamp& stamp) {
+  if (stamp.time == kNotOver)
+    fail("race: a %s of shared byte %#x while a cp.async of thread %u, which has not waited for it, writes", what,
+         offset, stamp.thread);
   fail("race: a %s of shared byte %#x that no barrier orders after the %s by thread %u", what, offset, before,
        stamp.thread);
 }
 
-// Address to offset; false when it is not in shared memory.
-bool shared_offset(const void* address, uint32_t& offset) {
-  if (!current || !is_shared(address)) return false;
-  offset = shared_address(address);
-  return true;
+template <void check_shared(uint32_t, uint32_t), void check_global(const void*, uint32_t)>
+void check(const void* address, uint32_t bytes) {
+  if (!current) return;
+  if (is_shared(address))
+    check_shared(shared_address(address), bytes);
+  else
+    check_global(address, bytes);
 }
 
 }  // namespace
@@ -45,6 +54,10 @@ void reset_races(int threads) {
   clocks.assign(threads, Clock(threads, start));
   for (int i = 0; i < threads; ++i) clocks[i][i] = start + 1;
   num_warps = (threads + 31) / 32;
+  for (uint32_t i = late_begin; i < late_end; ++i)
+    if (writers[i].time == kNotOver) writers[i] = {};  // nobody has waited for it
+  late_begin = kSpace;
+  late_end = 0;
 }
 
 void release_to(Clock& clock) {
@@ -73,6 +86,8 @@ void release_moment(Clock& clock, Moment moment) {
   clock[moment.thread] = std::max(clock[moment.thread], moment.time);
 }
 
+bool in_past(Moment moment) { return moment.time <= start || moment.time <= clocks[current->index][moment.thread]; }
+
 void check_read(uint32_t offset, uint32_t bytes) {
   const Stamp now{clocks[current->index][current->index], uint32_t(current->index)};
   const uint32_t first = offset / kGranule, end = (offset + bytes + kGranule - 1) / kGranule;
@@ -92,15 +107,22 @@ void check_write(uint32_t offset, uint32_t bytes) {
   std::fill(&writers[first], &writers[end], now);
 }
 
-void check_plain_read(const void* address, uint32_t bytes) {
-  uint32_t offset;
-  if (shared_offset(address, offset)) check_read(offset, bytes);
+void begin_late_write(uint32_t offset, uint32_t bytes) {
+  check_write(offset, bytes);
+  const uint32_t first = offset / kGranule, end = (offset + bytes + kGranule - 1) / kGranule;
+  for (uint32_t i = first; i < end; ++i) writers[i].time = kNotOver;
+  late_begin = std::min(late_begin, first);
+  late_end = std::max(late_end, end);
 }
 
-void check_plain_write(const void* address, uint32_t bytes) {
-  uint32_t offset;
-  if (shared_offset(address, offset)) check_write(offset, bytes);
+void end_late_write(uint32_t offset, uint32_t bytes) {
+  const uint32_t first = offset / kGranule, end = (offset + bytes + kGranule - 1) / kGranule;
+  for (uint32_t i = first; i < end; ++i) writers[i].time = clocks[current->index][current->index];
 }
+
+void check_plain_read(const void* address, uint32_t bytes) { check<check_read, check_global_read>(address, bytes); }
+void check_plain_write(const void* address, uint32_t bytes) { check<check_write, check_global_write>(address, bytes); }
+void check_atomic(const void* address, uint32_t bytes) { check<check_read, check_global_write>(address, bytes); }
 
 }  // namespace emulation
 

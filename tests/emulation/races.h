@@ -19,10 +19,14 @@ struct Moment {
 };
 Moment this_moment();
 void release_moment(Clock& clock, Moment moment);
+bool in_past(Moment moment);  // of the current thread
 // Accesses of the current thread; `offset` counts from the first byte of shared memory.
 void check_read(uint32_t offset, uint32_t bytes);
 void check_write(uint32_t offset, uint32_t bytes);
-// Ordinary accesses, wherever they go; those outside shared memory are not looked at.
+// A write by the current thread that is not over before it says so: a race with every access until then.
+void begin_late_write(uint32_t offset, uint32_t bytes);
+void end_late_write(uint32_t offset, uint32_t bytes);
+// Ordinary accesses, wherever they go; those outside shared memory are for overlap.h.
 void check_plain_read(const void* address, uint32_t bytes);
 void check_plain_write(const void* address, uint32_t bytes);
 

@@ -9,6 +9,7 @@
 
 #include "guarded_memory.h"
 #include "machine.h"
+#include "overlap.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -144,6 +145,7 @@ void run_cta(uint32_t dynamic_bytes) {
   reset_copies();
   reset_wgmma();
   reset_races(count);
+  begin_cta();
   threads.clear();
   threads.resize(count);
   ready.resize(count);
@@ -221,7 +223,8 @@ void fail(const char* format, ...) {
   abandon(text + where());
 }
 
-cudaError_t run_grid(const std::function<void()>& each_thread, dim3 grid, dim3 block, uint32_t dynamic_bytes) {
+cudaError_t run_grid(const std::function<void()>& each_thread, dim3 grid, dim3 block, uint32_t dynamic_bytes,
+                     bool overlaps_previous) {
   random_state = 0x9E3779B97F4A7C15ull * (settings.seed + 1);
   for (int i = 0; i < 8; ++i) random_below(2);
   CatchFaults faults;
@@ -232,6 +235,7 @@ cudaError_t run_grid(const std::function<void()>& each_thread, dim3 grid, dim3 b
   ctas.resize(grid.x);
   std::iota(ctas.begin(), ctas.end(), 0u);
   for (uint32_t i = grid.x; i > 1; --i) std::swap(ctas[i - 1], ctas[random_below(i)]);
+  begin_kernel(overlaps_previous);
   running = true;
   if (sigsetjmp(abandon_launch, 1)) {
     running = false;
@@ -242,6 +246,7 @@ cudaError_t run_grid(const std::function<void()>& each_thread, dim3 grid, dim3 b
     blockIdx = {cta, 0, 0};
     run_cta(dynamic_bytes);
   }
+  end_kernel();
   running = false;
   return cudaSuccess;
 }

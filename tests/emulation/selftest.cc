@@ -1,7 +1,9 @@
 // Kernels that do one thing right or wrong on purpose; tests/test_emulation.py asserts what the emulated machine says
-// of each. selftest_multiply.cc has those of copies and wgmma.
+// of each. selftest_multiply.cc has those of copies and wgmma, selftest_decode.cc of matrices of a warp,
+// selftest_overlap.cc of kernels that overlap.
 #include "selftest.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <map>
 
@@ -85,6 +87,53 @@ std::string ExitedLane() {
         __syncwarp();
       },
       0);
+}
+// Barrier `id` of 32 id threads, 1 to 15, each of which tells what those before have told.
+std::string NamedBarriers() {
+  std::vector<int> seen(480, 0);
+  const std::string error = Launch(
+      480, 0,
+      +[](int* seen) {
+        __shared__ int words[480];
+        const int me = threadIdx.x;
+        words[me] = 1;
+        for (int id = 15; id >= 1; --id) {
+          if (me >= 32 * id) continue;
+          named_barrier_sync(id, 32 * id);
+          seen[me] += words[(me + 32) % (32 * id)];
+          named_barrier_sync(id, 32 * id);
+          words[me] = 1;
+        }
+      },
+      seen.data());
+  for (int me = 0; me < 480; ++me)
+    if (error.empty() && seen[me] != 15 - me / 32) return "a barrier has let threads through";
+  return error;
+}
+// 3 CTAs of 13 warps count in shared and global memory; the last one to say so adds up.
+std::string Atomics() {
+  static int counts[3], done, sum;
+  std::fill(counts, counts + 3, 0);
+  done = sum = 0;
+  const std::string error = Launch(
+      3, 416, 0,
+      +[](int* counts) {
+        __shared__ int count;
+        __shared__ bool last;
+        if (threadIdx.x == 0) count = 0;
+        __syncthreads();
+        atomicAdd(&count, 2);
+        __syncthreads();
+        if (threadIdx.x == 0) {
+          atomicAdd(&counts[blockIdx.x], count);
+          __threadfence();
+          last = atomicAdd(&done, 1) == 2;
+        }
+        __syncthreads();
+        if (last && threadIdx.x < 3) atomicAdd(&sum, __ldcg(&counts[threadIdx.x]));
+      },
+      counts);
+  return error.empty() && sum != 3 * 832 ? "atomics have lost a count" : error;
 }
 // What all threads leave in shared memory, with the barrier between or without.
 std::string NeighbourReads(bool barrier) {
@@ -204,12 +253,22 @@ std::string SharedMemoryNotAskedFor() {
 std::string TooManyRegisters() {
   return Launch(384, 0, +[](int) { raise_registers<176>(); }, 0);
 }
+std::string RegistersOfOneWarp() {
+  return Launch(
+      256, 0,
+      +[](int) {
+        if (threadIdx.x >= 224) reduce_registers<40>();
+      },
+      0);
+}
 
 const std::map<std::string, std::string (*)()>& Tests() {
   static std::map<std::string, std::string (*)()> tests = [] {
     std::map<std::string, std::string (*)()> all{
         {"collectives", Collectives},
         {"static_shared_memory_is_poisoned", StaticSharedMemoryIsPoisoned},
+        {"named_barriers", NamedBarriers},
+        {"atomics", Atomics},
         {"missing_thread_at_barrier", MissingThreadAtBarrier},
         {"different_counts_at_barrier", DifferentCountsAtBarrier},
         {"different_masks", DifferentMasks},
@@ -232,8 +291,9 @@ const std::map<std::string, std::string (*)()>& Tests() {
         {"stack_overflow", StackOverflow},
         {"shared_memory_not_asked_for", SharedMemoryNotAskedFor},
         {"too_many_registers", TooManyRegisters},
+        {"registers_of_one_warp", RegistersOfOneWarp},
     };
-    for (const auto& [name, test] : MultiplyTests()) all.emplace(name, test);
+    for (const auto* more : {&MultiplyTests(), &DecodeTests(), &OverlapTests()}) all.insert(more->begin(), more->end());
     return all;
   }();
   return tests;
@@ -259,6 +319,11 @@ void emulated_convert(const float* values, int64_t count, uint8_t* e4m3, uint16_
     e4m3[i] = uint8_t(__nv_cvt_float2_to_fp8x2(make_float2(0.f, values[i]), __NV_SATFINITE, __NV_E4M3) >> 8);
     bf16[i] = __bfloat16_as_ushort(__floats2bfloat162_rn(0.f, values[i]).y);
   }
+}
+
+// f16 codes of e4m3 codes, four at a time.
+void emulated_decode(const uint32_t* codes, int64_t count, uint32_t* f16) {
+  for (int64_t i = 0; i < count; ++i) jax_moe::cuda::e4m3x4_to_f16x4(codes[i], f16[2 * i], f16[2 * i + 1]);
 }
 
 }  // extern "C"

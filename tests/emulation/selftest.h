@@ -28,5 +28,7 @@ std::string Launch(unsigned threads, unsigned shared_bytes, void (*kernel)(Param
 }
 
 const std::map<std::string, std::string (*)()>& MultiplyTests();
+const std::map<std::string, std::string (*)()>& DecodeTests();
+const std::map<std::string, std::string (*)()>& OverlapTests();
 
 }  // namespace selftest

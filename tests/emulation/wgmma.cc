@@ -1,11 +1,10 @@
-// What a warp does as one: wgmma, stmatrix, setmaxnreg. A wgmma reads its operands when its warp commits it or when it
+// wgmma and setmaxnreg. A wgmma reads its operands when its warp commits it or when it
 // waits for it (drawn for every CTA), each warp its own 16 rows; the accumulators hold NaN until the wait. The four
 // warps of a warpgroup must issue the same sequence.
 #include <algorithm>
-#include <array>
-#include <cmath>
 
 #include "machine.h"
+#include "number_formats.h"
 
 namespace emulation {
 namespace {
@@ -24,16 +23,6 @@ struct Warpgroup {
 };
 Warpgroup warpgroups[8];
 bool early = false;  // operands are read at the commit
-
-std::array<float, 256> decode_table() {
-  std::array<float, 256> table;
-  for (int code = 0; code < 256; ++code) {
-    const int exponent = code >> 3 & 15, mantissa = code & 7;
-    const float magnitude = exponent ? std::ldexp(float(8 + mantissa), exponent - 10) : std::ldexp(float(mantissa), -9);
-    table[code] = (code & 0x7F) == 0x7F ? NAN : code & 0x80 ? -magnitude : magnitude;
-  }
-  return table;
-}
 
 // 16 bytes of row `row`, K bytes [16 piece, 16 piece + 16), of the tile that a descriptor names.
 const uint8_t* operand(uint64_t descriptor, int row, int piece, const char* name) {
@@ -57,18 +46,17 @@ const uint8_t* operand(uint64_t descriptor, int row, int piece, const char* name
 
 // d[16][128] (+)= A rows [16 warp_row ...] B^T
 void multiply(float (*d)[kN], uint64_t a, uint64_t b, bool accumulate, int warp_in_group) {
-  static const std::array<float, 256> decode = decode_table();
   static float b_values[kK][kN];
   float a_values[kWarpRows][kK];
   for (int n = 0; n < kN; ++n)
     for (int piece = 0; piece < kK / 16; ++piece) {
       const uint8_t* codes = operand(b, n, piece, "B");
-      for (int k = 0; k < 16; ++k) b_values[piece * 16 + k][n] = decode[codes[k]];
+      for (int k = 0; k < 16; ++k) b_values[piece * 16 + k][n] = from_e4m3(codes[k]);
     }
   for (int m = 0; m < kWarpRows; ++m)
     for (int piece = 0; piece < kK / 16; ++piece) {
       const uint8_t* codes = operand(a, warp_in_group * kWarpRows + m, piece, "A");
-      for (int k = 0; k < 16; ++k) a_values[m][piece * 16 + k] = decode[codes[k]];
+      for (int k = 0; k < 16; ++k) a_values[m][piece * 16 + k] = from_e4m3(codes[k]);
     }
   for (int m = 0; m < kWarpRows; ++m) {
     float sums[kN];
@@ -151,6 +139,10 @@ void check_wgmma() {
   for (int i = 0; i < threads; ++i) registers += thread(i).registers ? thread(i).registers : at_launch;
   if (registers > at_launch * threads)
     fail("setmaxnreg gives the CTA %d registers, it was launched with %d", registers, at_launch * threads);
+  for (int i = 0; i < threads; ++i)
+    if (thread(i).registers != thread(i / 128 * 128).registers)
+      fail("setmaxnreg: thread %d has asked for %d registers, thread %d of its warpgroup for %d", i,
+           thread(i).registers, i / 128 * 128, thread(i / 128 * 128).registers);
   for (const Warpgroup& group : warpgroups)
     for (const size_t executed : group.executed)
       if (executed != group.issued.size())
@@ -198,15 +190,6 @@ void wait_wgmma() {
   t.wgmmas.clear();
   t.executed_wgmmas = 0;
   t.wgmma_fenced = false;
-}
-
-void store_matrix(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  const LanePayload* all = meet(Meeting::kStoreMatrix, ~0u, {{smem, a, b, c, d, 0}});
-  // This lane writes the row whose address it gave: columns 2 i and 2 i + 1 are with lane 4 (row) + i.
-  uint32_t row[4];
-  for (int i = 0; i < 4; ++i) row[i] = all[lane() % 8 * 4 + i].words[1 + lane() / 8];
-  if (smem % 16) fail("a row of stmatrix at %#x is misaligned", smem);
-  write_shared(smem, row, sizeof row);
 }
 
 void set_registers(int registers) {

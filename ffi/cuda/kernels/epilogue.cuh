@@ -21,7 +21,7 @@ struct LoraDelta {
     for (int r = 0; r < 2; ++r) {
       const int row = wg.fragment_row() + 8 * r;
       if (row >= wg.rows) continue;
-      const uint16_t* from = delta + __ldg(row_to_expanded + wg.row0 + row) * stride + column;
+      const uint16_t* from = delta + __ldcg(row_to_expanded + wg.row0 + row) * stride + column;
 #pragma unroll
       for (int group = 0; group < 8; ++group) {
         float* low = &sums[8 * group + 2 * r];

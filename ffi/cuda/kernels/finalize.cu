@@ -4,26 +4,13 @@
 
 namespace jax_moe::cuda {
 
-namespace {
-
-DEVICE float routing_weight(const FinalizeParameters& p, int64_t slot) {
-  switch (p.weights_type) {
-    case WeightsType::kPacked:
-      return bf16_lo(uint32_t(__ldg(static_cast<const int32_t*>(p.weights) + slot)));
-    case WeightsType::kBFloat16:
-      return bf16_lo(__ldg(static_cast<const uint16_t*>(p.weights) + slot));
-    default:
-      return __ldg(static_cast<const float*>(p.weights) + slot);
-  }
-}
-
-}  // namespace
-
 __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_constant__ FinalizeParameters p) {
   constexpr int kInFlight = 8;
   const int chunks = (p.hidden + kFinalizeColumnsPerCta - 1) / kFinalizeColumnsPerCta;
   const int64_t token = blockIdx.x / chunks;
   const int column = int(blockIdx.x % chunks) * kFinalizeColumnsPerCta + threadIdx.x * 8;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   if (column >= p.hidden) return;
   const int32_t* rows = p.expanded_idx_to_permuted_idx + token * p.top_k;
   float sum[8] = {};
@@ -34,10 +21,10 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int slot = first + i;
-      const int row = slot < p.top_k ? __ldg(rows + slot) : -1;
+      const int row = slot < p.top_k ? rows[slot] : -1;
       valid[i] = unsigned(row) < unsigned(p.num_rows);
       if (!valid[i]) continue;
-      weight[i] = routing_weight(p, token * p.top_k + slot);
+      weight[i] = p.weights.at(token * p.top_k + slot);
       y[i] = __ldcs(reinterpret_cast<const uint4*>(p.y2 + int64_t(row) * p.hidden + column));
     }
 #pragma unroll

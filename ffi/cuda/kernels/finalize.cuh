@@ -1,21 +1,17 @@
 // Finalize: output[t] = bf16(sum over slots k, in order, of weight[t, k] * y2[row(t, k)]); slots without a row are
 // skipped, a token without rows gets zeros. The order is fixed, so the result is the same on every run.
 #pragma once
-#include "ptx.cuh"
+#include "slots.cuh"
 
 namespace jax_moe::cuda {
 
 inline constexpr int kFinalizeThreads = 128;
 inline constexpr int kFinalizeColumnsPerCta = kFinalizeThreads * 8;
 
-// Where a slot's routing weight is: the low 16 bits of a packed id (bf16), or an array of its own.
-enum class WeightsType { kPacked, kBFloat16, kFloat32 };
-
 struct FinalizeParameters {
   const uint16_t* y2;                           // bf16 [num_rows, H]
   const int32_t* expanded_idx_to_permuted_idx;  // [T * K]
-  const void* weights;                          // [T * K] of weights_type
-  WeightsType weights_type;
+  SlotWeights weights;
   uint16_t* output;  // bf16 [T, H]
   int top_k;
   int hidden;    // H

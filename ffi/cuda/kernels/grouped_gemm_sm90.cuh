@@ -15,15 +15,17 @@ inline constexpr int kHalfN = 128;   // weight rows of one B box, one scale bloc
 inline constexpr int kNumStages = 4;
 inline constexpr int kMathWarpgroups = 2;
 inline constexpr int kGemmThreads = (kMathWarpgroups + 1) * 128;
+inline constexpr int kBoxRows = 32;  // of A: a tile of few rows loads few
 // NOTE: a TMA box must begin at a multiple of 16 bytes of its row, else the copy is an illegal instruction. Row blocks
 // begin at any row, so a box of A scales begins up to 3 rows early; its place is a multiple of 128 bytes.
 inline constexpr int kScaleBox = kBlockM + 4, kScaleBoxPitch = 160;
-inline constexpr int kMaxSharedBytes = 232448;
 
-// Where GEMM1's A rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
+// Where GEMM1's A rows and their scales come from: row r of a tile is row row_to_source[row0 + r] of `source`.
 struct GatherA {
   const uint8_t* source;         // e4m3 [T, H]
   const int32_t* row_to_source;  // [T*K]
+  const float* scale;            // element (block, token) at block * block_stride + token * token_stride
+  int64_t block_stride, token_stride;
 };
 
 // What both GEMMs are told. A tile's two halves are 128 weight rows each, from column * column_step on and half_step
@@ -50,6 +52,7 @@ struct GemmSharedMemory {
   uint8_t staging[kMathWarpgroups][Epilogue::kStagingBytes];
   float a_scale[kNumStages][kScaleBoxPitch];
   PipelineBarriers<kNumStages> barriers;
+  TileQueue tiles;
 };
 
 using GemmCursor = PipelineCursor<kNumStages>;
@@ -61,73 +64,106 @@ DEVICE int b_row(const GemmShape& shape, const Tile& tile, int half) {
   return row < shape.rows_per_expert ? row : tile.column * shape.column_step;
 }
 
-// B and the A scales of one stage, and its expected bytes; A too unless it is gathered. By one thread.
-template <bool kGather, class Shared>
-DEVICE void load_stage(Shared& shared, const GemmCursor& at, const CUtensorMap* a_map, const CUtensorMap* a_scale_map,
-                       const CUtensorMap* b_map, const GemmShape& shape, const Tile& tile, int k) {
-  auto& stage = shared.stages[at.stage];
-  const uint32_t full = shared.barriers.full_address(at.stage);
-  constexpr uint32_t kBytes = sizeof(stage.b) + kScaleBox * sizeof(float) + (kGather ? 0 : sizeof(stage.a));
-  mbarrier_arrive_expect(full, kBytes);
+// B of one stage, by one thread, which also arrives with all bytes that this stage expects from TMA.
+template <class Shared>
+DEVICE void load_b(Shared& shared, const GemmCursor& at, const CUtensorMap* b_map, const GemmShape& shape,
+                   const Tile& tile, int k, uint32_t other_bytes) {
+  auto& stage = shared.stages[at.stage()];
+  const uint32_t full = shared.barriers.full_address(at.stage());
+  mbarrier_arrive_expect(full, sizeof(stage.b) + other_bytes);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     tma_load_2d(smem_address(stage.b[half]), b_map, k * shape.k_columns,
                 tile.expert * shape.expert_stride + k * shape.k_stride + b_row(shape, tile, half), full);
-  tma_load_2d(smem_address(shared.a_scale[at.stage]), a_scale_map, tile.row0 & ~3, k, full);
-  if constexpr (!kGather) tma_load_2d(smem_address(stage.a), a_map, k * kBlockK, tile.row0, full);
 }
 
-// One thread feeds the ring by TMA. `full` counts one arrival.
+// GEMM2's A: boxes of 32 rows, as many as the tile has, and the scales of all.
+struct TmaA {
+  const CUtensorMap* map;
+  const CUtensorMap* scale_map;
+
+  static DEVICE int boxes(const Tile& tile) { return (tile.rows + kBoxRows - 1) / kBoxRows; }
+  static DEVICE uint32_t bytes(const Tile& tile) {
+    return boxes(tile) * kBoxRows * kBlockK + kScaleBox * sizeof(float);
+  }
+
+  template <class Shared>
+  DEVICE void load(Shared& shared, const GemmCursor& at, const Tile& tile, int k) const {
+    const uint32_t full = shared.barriers.full_address(at.stage()), to = smem_address(shared.stages[at.stage()].a);
+    for (int box = 0; box < boxes(tile); ++box)
+      tma_load_2d(to + box * kBoxRows * kBlockK, map, k * kBlockK, tile.row0 + box * kBoxRows, full);
+    tma_load_2d(smem_address(shared.a_scale[at.stage()]), scale_map, tile.row0 & ~3, k, full);
+  }
+};
+
+// One thread feeds the ring by TMA. `full` counts one arrival. The first stages' weights are asked for before the
+// kernel that writes A has ended.
 template <class Shared>
-DEVICE void produce(Shared& shared, const CUtensorMap* a_map, const CUtensorMap* a_scale_map, const CUtensorMap* b_map,
-                    const GemmShape& shape, const TileSchedule& schedule) {
-  prefetch_tensor_map(a_map);
-  prefetch_tensor_map(a_scale_map);
+DEVICE void produce(Shared& shared, const TmaA& a, const CUtensorMap* b_map, const GemmShape& shape,
+                    const TileSchedule& schedule) {
+  prefetch_tensor_map(a.map);
+  prefetch_tensor_map(a.scale_map);
   prefetch_tensor_map(b_map);
   GemmCursor at;
-  const int num_tiles = schedule.num_tiles();
-  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
-    const Tile tile = schedule.tile(t);
+  TileTaker taker(schedule);
+  Tile tile = taker.peek();
+  int early = 0;  // stages of the first tile that have their weights already
+  if (tile.rows > 0) {
+    GemmCursor ahead;
+    for (; early < min(kNumStages, shape.k_blocks); ++early, ahead.advance())
+      load_b(shared, ahead, b_map, shape, tile, early, a.bytes(tile));
+  }
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  TileReader reader;
+  taker.tell(shared.tiles);
+  while ((tile = reader.next_alone(shared.tiles)).rows > 0) {
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
-      shared.barriers.wait_empty(at);
-      load_stage<false>(shared, at, a_map, a_scale_map, b_map, shape, tile, k);
+      if (early > 0) {
+        --early;
+      } else {
+        shared.barriers.wait_empty(at);
+        load_b(shared, at, b_map, shape, tile, k, a.bytes(tile));
+      }
+      a.load(shared, at, tile, k);
+      if (k == 0) taker.tell(shared.tiles);
     }
   }
 }
 
-// 128 threads gather A rows by cp.async, one of them feeds the rest by TMA. `full` counts 129 arrivals: each thread
-// arrives for its rows when they have landed, up to kInFlight stages after asking for them.
+// 128 threads gather A rows and scales by cp.async, one of them feeds B by TMA. `full` counts 129 arrivals: each thread
+// arrives for what it gathered when that has landed, up to kInFlight stages after asking for it.
 template <class Shared>
-DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtensorMap* a_scale_map,
-                             const CUtensorMap* b_map, const GemmShape& shape, const TileSchedule& schedule,
-                             int thread) {
+DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtensorMap* b_map, const GemmShape& shape,
+                             const TileSchedule& schedule, int thread) {
   constexpr int kInFlight = 2, kRowsPerPass = 16, kPasses = kBlockM / kRowsPerPass;
-  if (thread == 0) {
-    prefetch_tensor_map(a_scale_map);
-    prefetch_tensor_map(b_map);
-  }
+  if (thread == 0) prefetch_tensor_map(b_map);
   GemmCursor at, landed;
   int in_flight = 0;
   const auto announce = [&] {
     // NOTE: cp.async writes through the generic proxy; without the fence wgmma may read what was there before.
     fence_proxy_async();
-    mbarrier_arrive(shared.barriers.full_address(landed.stage));
+    mbarrier_arrive(shared.barriers.full_address(landed.stage()));
     landed.advance();
   };
   const int piece = thread % 8, pass_row = thread / 8;  // 16 bytes of a 128-byte row
-  const int num_tiles = schedule.num_tiles();
-  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
-    const Tile tile = schedule.tile(t);
+  TileTaker taker(schedule);
+  TileReader reader;
+  if (thread == 0) taker.tell(shared.tiles);
+  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
     uint32_t source[kPasses];  // in 16-byte pieces, so that 2^36 bytes are in reach
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int row = min(pass_row + kRowsPerPass * i, tile.rows - 1);
-      source[i] = uint32_t(__ldg(gather.row_to_source + tile.row0 + row)) * uint32_t(shape.k_blocks * 8) + piece;
+      source[i] = uint32_t(__ldcg(gather.row_to_source + tile.row0 + row)) * uint32_t(shape.k_blocks * 8) + piece;
     }
+    const bool has_scale = thread < tile.rows;
+    const float* scale = gather.scale;
+    if (has_scale) scale += __ldcg(gather.row_to_source + tile.row0 + thread) * gather.token_stride;
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       shared.barriers.wait_empty(at);
-      if (thread == 0) load_stage<true>(shared, at, nullptr, a_scale_map, b_map, shape, tile, k);
-      const uint32_t a = smem_address(shared.stages[at.stage].a);
+      if (thread == 0) load_b(shared, at, b_map, shape, tile, k, 0);
+      const uint32_t a = smem_address(shared.stages[at.stage()].a);
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const int row = pass_row + kRowsPerPass * i;
@@ -135,7 +171,9 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
         if (kRowsPerPass * i < tile.rows)
           cp_async_16(WarpgroupContext::swizzled(a, row, piece), gather.source + (uint64_t(source[i]) + k * 8) * 16);
       }
+      if (has_scale) cp_async_4(smem_address(&shared.a_scale[at.stage()][thread]), scale + k * gather.block_stride);
       cp_async_commit();
+      if (k == 0 && thread == 0) taker.tell(shared.tiles);
       if (in_flight == kInFlight) {
         cp_async_wait<kInFlight>();
         announce();
@@ -149,15 +187,13 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
 }
 
 // A math warpgroup: 64 rows x 256 columns of every tile, one 64 x 128 accumulator reused for the two halves.
-template <class Epilogue, class Shared>
-DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule& schedule, const Epilogue& epilogue,
-                     int warpgroup, int thread) {
+template <bool kGathered, class Epilogue, class Shared>
+DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epilogue, int warpgroup, int thread) {
   GemmCursor at;
   WarpgroupContext wg{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])};
   const int first_row = warpgroup * kWarpgroupRows;
-  const int num_tiles = schedule.num_tiles();
-  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
-    const Tile tile = schedule.tile(t);
+  TileReader reader;
+  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
     if (first_row >= tile.rows) {  // nothing to do here but to free the stages
       for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
         shared.barriers.wait_full(at);
@@ -168,25 +204,27 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule&
     }
     wg.rows = min(tile.rows - first_row, kWarpgroupRows);
     wg.row0 = tile.row0 + first_row;
-    const float* b_scale[2];
+    const int scales_before = kGathered ? 0 : tile.row0 % 4;  // of the tile's in their box
+    uint32_t b_scale[2];                                      // in shape.b_scale; no pointers, for registers' sake
     float scale_b[2], sums[2][64], acc[64];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile.expert * shape.rows_per_expert + b_row(shape, tile, half);
-      b_scale[half] = shape.b_scale + int64_t(row / 128) * shape.k_blocks;
-      scale_b[half] = __ldg(b_scale[half]);
+      b_scale[half] = uint32_t(row / 128) * uint32_t(shape.k_blocks);
+      scale_b[half] = __ldg(shape.b_scale + b_scale[half]);
 #pragma unroll
       for (int i = 0; i < 64; ++i) sums[half][i] = 0.f;
     }
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       float next_scale_b[2];  // a K block ahead of its use: a global load's latency is about a K block
 #pragma unroll
-      for (int half = 0; half < 2; ++half) next_scale_b[half] = __ldg(b_scale[half] + min(k + 1, shape.k_blocks - 1));
+      for (int half = 0; half < 2; ++half)
+        next_scale_b[half] = __ldg(shape.b_scale + (b_scale[half] + min(k + 1, shape.k_blocks - 1)));
       shared.barriers.wait_full(at);
-      const auto& stage = shared.stages[at.stage];
+      const auto& stage = shared.stages[at.stage()];
       const uint64_t a = wgmma_descriptor(smem_address(stage.a) + first_row * kBlockK);
       const uint32_t a_scale =
-          smem_address(shared.a_scale[at.stage]) + (tile.row0 % 4 + first_row + wg.fragment_row()) * 4;
+          smem_address(shared.a_scale[at.stage()]) + (scales_before + first_row + wg.fragment_row()) * 4;
       float scale_a[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -218,15 +256,15 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const TileSchedule&
         scale_b[half] = next_scale_b[half];
       }
     }
+    hide(wg.thread);  // the epilogue's addresses are not for the loop to carry
     epilogue.run(wg, sums, tile);
   }
 }
 
-// The kernels (grouped_gemm_sm90.cu). Tensor maps: A [rows, K] in boxes of 128 x 128 bytes, its scales [K/128, rows] in
-// boxes of 1 x kScaleBox, B in boxes of 128 x 128 bytes.
-__global__ void gemm1_sm90(const __grid_constant__ CUtensorMap a_scale_map, const __grid_constant__ CUtensorMap b_map,
-                           const __grid_constant__ GatherA gather, const __grid_constant__ GemmShape shape,
-                           const __grid_constant__ TileSchedule schedule,
+// The kernels (grouped_gemm_sm90.cu). Tensor maps: A [rows, K] in boxes of kBoxRows x 128 bytes, its scales [K/128,
+// rows] in boxes of 1 x kScaleBox, B in boxes of 128 x 128 bytes.
+__global__ void gemm1_sm90(const __grid_constant__ CUtensorMap b_map, const __grid_constant__ GatherA gather,
+                           const __grid_constant__ GemmShape shape, const __grid_constant__ TileSchedule schedule,
                            const __grid_constant__ ActivationEpilogue epilogue);
 __global__ void gemm2_sm90(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap a_scale_map,
                            const __grid_constant__ CUtensorMap b_map, const __grid_constant__ GemmShape shape,
@@ -235,6 +273,5 @@ __global__ void gemm2_sm90(const __grid_constant__ CUtensorMap a_map, const __gr
 
 inline constexpr int kGemm1SharedBytes = sizeof(GemmSharedMemory<ActivationEpilogue>);
 inline constexpr int kGemm2SharedBytes = sizeof(GemmSharedMemory<Bf16Epilogue>);
-static_assert(kGemm1SharedBytes <= kMaxSharedBytes && kGemm2SharedBytes <= kMaxSharedBytes, "shared memory of an SM");
 
 }  // namespace jax_moe::cuda

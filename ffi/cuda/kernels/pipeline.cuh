@@ -6,17 +6,18 @@
 
 namespace jax_moe::cuda {
 
+// One register: the number of the stage, counted on.
 template <int kStages>
-struct PipelineCursor {
-  int stage = 0;
-  uint32_t parity = 0;  // of the phase that this lap of the ring completes
+class PipelineCursor {
+  static_assert((kStages & (kStages - 1)) == 0, "a power of two");
 
-  DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+ public:
+  DEVICE int stage() const { return int(number_ % kStages); }
+  DEVICE uint32_t parity() const { return number_ / kStages % 2; }  // of the phase that this lap of the ring completes
+  DEVICE void advance() { ++number_; }
+
+ private:
+  uint32_t number_ = 0;
 };
 
 template <int kStages>
@@ -33,14 +34,20 @@ struct PipelineBarriers {
     mbarrier_fence_init();
   }
   DEVICE uint32_t full_address(int stage) const { return smem_address(&full[stage]); }
-  DEVICE void wait_full(const PipelineCursor<kStages>& at) const {
-    mbarrier_wait(smem_address(&full[at.stage]), at.parity);
+  // A cursor has a stage() and a parity(), wherever its number of stages comes from.
+  template <class Cursor>
+  DEVICE void wait_full(const Cursor& at) const {
+    mbarrier_wait(smem_address(&full[at.stage()]), at.parity());
   }
   // The first lap passes at once: a fresh barrier counts as having completed parity 1.
-  DEVICE void wait_empty(const PipelineCursor<kStages>& at) const {
-    mbarrier_wait(smem_address(&empty[at.stage]), at.parity ^ 1);
+  template <class Cursor>
+  DEVICE void wait_empty(const Cursor& at) const {
+    mbarrier_wait(smem_address(&empty[at.stage()]), at.parity() ^ 1);
   }
-  DEVICE void release(const PipelineCursor<kStages>& at) const { mbarrier_arrive(smem_address(&empty[at.stage])); }
+  template <class Cursor>
+  DEVICE void release(const Cursor& at) const {
+    mbarrier_arrive(smem_address(&empty[at.stage()]));
+  }
 };
 
 }  // namespace jax_moe::cuda

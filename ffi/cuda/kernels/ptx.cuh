@@ -1,6 +1,7 @@
-// Every instruction that CUDA C++ has no word for: mbarriers, bulk tensor copies, cp.async, proxies, named barriers,
-// register reallocation, wgmma fences. One thin function each, nothing else. Addresses named `smem` are 32-bit shared
-// memory addresses. Under JAX_MOE_EMULATION the same functions come from tests/emulation, which runs kernels on a CPU.
+// Every instruction that CUDA C++ has no word for: mbarriers, bulk tensor copies, cp.async, proxies, matrices of a
+// warp, named barriers, register reallocation, kernels that overlap, wgmma fences. One thin function each, nothing
+// else. Addresses named `smem` are 32-bit shared memory addresses. Under JAX_MOE_EMULATION the same functions come from
+// tests/emulation, which runs kernels on a CPU.
 #pragma once
 #ifdef JAX_MOE_EMULATION
 #include "emulated_ptx.h"
@@ -59,8 +60,25 @@ DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uin
       "l"(map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
 }
+// As tma_load_2d; a box of [depth][height] rows lands in that order.
+DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(smem),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+// `bytes` neighbours; addresses and sizes are multiples of 16.
+DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 DEVICE void cp_async_16(uint32_t smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
+}
+DEVICE void cp_async_4(uint32_t smem, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(global) : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -94,6 +112,10 @@ DEVICE void store_shared_u32(uint32_t smem, uint32_t v) {
 DEVICE void store_shared_v2(uint32_t smem, uint2 v) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(smem), "r"(v.x), "r"(v.y) : "memory");
 }
+DEVICE void store_shared_v4(uint32_t smem, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b), "r"(c),
@@ -101,10 +123,60 @@ DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, u
                : "memory");
 }
 
+// ---- matrices of a warp
+// ----------------------------------------------------------------------------------------------
+// Four 8x8 matrices of 16-bit elements; lane i gives the 16-byte aligned address of row i % 8 of matrix i / 8, and gets
+// in r[j] elements 2 (i % 4) and 2 (i % 4) + 1 of row i / 4 of matrix j.
+DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem)
+               : "memory");
+}
+// D[16][8] += A[16][16] B[16][8], f16 operands. With g = lane / 4, k = 2 (lane % 4): d are D[g][k, k + 1] and D[g + 8]
+// [k, k + 1]; a0, a1, a2, a3 hold A[g][k ...], A[g + 8][k ...], A[g][k + 8 ...], A[g + 8][k + 8 ...], two neighbours
+// each; b0 and b1 hold B[k, k + 1][g] and B[k + 8, k + 9][g]. The first of two is in the low half.
+DEVICE void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Exact; `lo` gets the codes of the low two bytes, the first of them in its low half.
+DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) {
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(lo), "=r"(hi)
+      : "r"(codes));
+}
+
+// ---- kernels that overlap (programmatic dependent launch)
+// ------------------------------------------------------------
+// Returns when the kernels before this one have completed and their writes can be read. Until then a kernel that was
+// launched to overlap them may not read what they write, nor write what they read or write.
+DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel may start once every CTA has said so or has exited; it says nothing about what is written by then.
+DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Reads global memory in L2, not through L1 nor the read-only path: what an overlapped kernel has written.
+DEVICE uint4 load_fresh_v4(const void* global) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(global)
+               : "memory");
+  return v;
+}
+
 // ---- warpgroups
 // ------------------------------------------------------------------------------------------------------
 DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Counts this thread in without waiting; `threads` counts those that wait too.
+DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 template <int kRegisters>
 DEVICE void reduce_registers() {
@@ -125,6 +197,8 @@ DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Keeps the compiler from computing ahead of a loop, and holding in registers, what depends on x.
+DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
 // Keeps the compiler from moving accesses of accumulators across this point.
 template <int kCount>
 DEVICE void register_fence(float (&x)[kCount]) {

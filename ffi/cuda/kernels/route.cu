@@ -7,15 +7,6 @@ namespace {
 
 constexpr int kWarps = kRouteThreads / 32;
 
-// The local expert of an element of topk_ids, or -1.
-DEVICE int local_expert(const RouteParameters& p, int element, int64_t offset) {
-  const int64_t id = p.packed ? element >> 16 : element, local = id - offset;
-  return id >= 0 && id < p.num_experts && local >= 0 && local < p.local_num_experts ? int(local) : -1;
-}
-DEVICE int64_t expert_offset(const RouteParameters& p) {
-  return p.local_expert_offset ? int64_t(__ldg(p.local_expert_offset)) : p.offset;
-}
-
 DEVICE int warp_sum(int v) {
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
@@ -40,12 +31,12 @@ DEVICE int exclusive_sum(int v, int* warps, int& total) {
 }
 
 // counts[e] = rows of expert e in this CTA's chunk.
-DEVICE void count_chunk(const RouteParameters& p, int64_t offset, int* counts) {
-  for (int e = threadIdx.x; e < p.local_num_experts; e += kRouteThreads) counts[e] = 0;
+DEVICE void count_chunk(const RouteParameters& p, int64_t first, int* counts) {
+  for (int e = threadIdx.x; e < p.slots.local_num_experts; e += kRouteThreads) counts[e] = 0;
   __syncthreads();
   const int begin = blockIdx.x * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
   for (int i = begin + threadIdx.x; i < end; i += kRouteThreads) {
-    const int e = local_expert(p, p.topk_ids[i], offset);
+    const int e = p.slots.local_expert(p.slots.topk_ids[i], first);
     if (e >= 0) atomicAdd(&counts[e], 1);
   }
   __syncthreads();
@@ -63,9 +54,9 @@ DEVICE int sum_chunks(const RouteParameters& p, int expert, int num_chunks) {
 
 // Lists the row blocks of all experts. By one CTA; `counts` holds rows per expert, `warps` kWarps ints.
 DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warps) {
-  const int per_thread = (p.local_num_experts + kRouteThreads - 1) / kRouteThreads;
-  const int first = min(int(threadIdx.x) * per_thread, p.local_num_experts);
-  const int last = min(first + per_thread, p.local_num_experts);
+  const int per_thread = (p.slots.local_num_experts + kRouteThreads - 1) / kRouteThreads;
+  const int first = min(int(threadIdx.x) * per_thread, p.slots.local_num_experts);
+  const int last = min(first + per_thread, p.slots.local_num_experts);
   int rows = 0, blocks = 0, total_rows, total_blocks;
   for (int e = first; e < last; ++e) {
     rows += counts[e];
@@ -89,16 +80,17 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
     block += num_blocks;
   }
   if (threadIdx.x == 0) {
-    p.expert_offsets[p.local_num_experts] = total_rows;
+    p.expert_offsets[p.slots.local_num_experts] = total_rows;
     *p.num_m_blocks = total_blocks;
+    p.tickets[0] = p.tickets[1] = 0;
   }
 }
 
 // next[e]: rows per expert -> first row of the expert, in place.
 DEVICE void to_offsets(const RouteParameters& p, int* next, int* warps) {
-  const int per_thread = (p.local_num_experts + kRouteThreads - 1) / kRouteThreads;
-  const int first = min(int(threadIdx.x) * per_thread, p.local_num_experts);
-  const int last = min(first + per_thread, p.local_num_experts);
+  const int per_thread = (p.slots.local_num_experts + kRouteThreads - 1) / kRouteThreads;
+  const int first = min(int(threadIdx.x) * per_thread, p.slots.local_num_experts);
+  const int last = min(first + per_thread, p.slots.local_num_experts);
   int rows = 0, total;
   for (int e = first; e < last; ++e) rows += next[e];
   int row = exclusive_sum(rows, warps, total);
@@ -111,13 +103,13 @@ DEVICE void to_offsets(const RouteParameters& p, int* next, int* warps) {
 }
 
 // Gives every index of this CTA's chunk its row, in order: 1024 indices at a time, one warp after the other.
-DEVICE void place_chunk(const RouteParameters& p, int64_t offset, int* next) {
+DEVICE void place_chunk(const RouteParameters& p, int64_t first, int* next) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int begin = blockIdx.x * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
   for (int base = begin; base < end; base += kRouteThreads) {
     const int i = base + threadIdx.x;
-    const int element = i < end ? p.topk_ids[i] : -1;
-    const int e = local_expert(p, element, offset);
+    const int element = i < end ? p.slots.topk_ids[i] : -1;
+    const int e = p.slots.local_expert(element, first);
     const unsigned peers = __match_any_sync(~0u, e);
     const int rank = __popc(peers & ((1u << lane) - 1));
     int row = -1;
@@ -142,21 +134,33 @@ DEVICE void place_chunk(const RouteParameters& p, int64_t offset, int* next) {
 }  // namespace
 
 __global__ void __launch_bounds__(kRouteThreads) route_count(const __grid_constant__ RouteParameters p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (int(blockIdx.x) >= p.num_chunks) {
+    p.tokens.run(int(blockIdx.x) - p.num_chunks, int(gridDim.x) - p.num_chunks);
+    return;
+  }
   int* counts = reinterpret_cast<int*>(dynamic_shared_memory());
-  count_chunk(p, expert_offset(p), counts);
-  for (int e = threadIdx.x; e < p.local_num_experts; e += kRouteThreads)
+  count_chunk(p, p.slots.first_local(), counts);
+  for (int e = threadIdx.x; e < p.slots.local_num_experts; e += kRouteThreads)
     p.chunk_histogram[int64_t(e) * kMaxRouteChunks + blockIdx.x] = counts[e];
 }
 
 __global__ void __launch_bounds__(kRouteThreads) route_scatter(const __grid_constant__ RouteParameters p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (int(blockIdx.x) >= p.num_chunks) {
+    p.tokens.run(int(blockIdx.x) - p.num_chunks, int(gridDim.x) - p.num_chunks);
+    return;
+  }
   __shared__ int warps[kWarps];
   int* next = reinterpret_cast<int*>(dynamic_shared_memory());  // [L] rows of each expert, then its next free row
-  const int64_t offset = expert_offset(p);
+  const int64_t first = p.slots.first_local();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (p.num_chunks == 1) {
-    count_chunk(p, offset, next);
+    count_chunk(p, first, next);
   } else {
-    for (int e = warp; e < p.local_num_experts; e += kWarps) {
+    for (int e = warp; e < p.slots.local_num_experts; e += kWarps) {
       const int rows = sum_chunks(p, e, p.num_chunks);
       if (lane == 0) next[e] = rows;
     }
@@ -165,13 +169,13 @@ __global__ void __launch_bounds__(kRouteThreads) route_scatter(const __grid_cons
   if (blockIdx.x == 0) list_m_blocks(p, next, warps);
   to_offsets(p, next, warps);
   if (p.num_chunks > 1) {
-    for (int e = warp; e < p.local_num_experts; e += kWarps) {
+    for (int e = warp; e < p.slots.local_num_experts; e += kWarps) {
       const int before = sum_chunks(p, e, blockIdx.x);
       if (lane == 0) next[e] += before;
     }
     __syncthreads();
   }
-  place_chunk(p, offset, next);
+  place_chunk(p, first, next);
 }
 
 }  // namespace jax_moe::cuda

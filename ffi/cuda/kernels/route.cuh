@@ -1,23 +1,18 @@
 // Route: packed top-k ids -> maps between expanded and permuted rows, and the row blocks of the GEMMs.
-// Permuted rows are sorted by local expert, then by expanded index: the same on every run. Ids are never used as
-// indices before they are checked, so any bit pattern is safe.
+// Permuted rows are sorted by local expert, then by expanded index: the same on every run.
 #pragma once
 #include "../../workspace.h"
-#include "ptx.cuh"
+#include "quantize.cuh"
+#include "slots.cuh"
 
 namespace jax_moe::cuda {
 
 inline constexpr int kRouteThreads = 1024;
 
 struct RouteParameters {
-  const int32_t* topk_ids;             // [num_expanded], (id << 16) | bf16 when packed, else ids
-  const int32_t* local_expert_offset;  // on the device, or null: `offset`
-  int64_t offset;
-  bool packed;
+  SlotExperts slots;
   int num_expanded;  // T * K
   int top_k;
-  int num_experts;
-  int local_num_experts;                  // L
   int num_chunks;                         // 1..kMaxRouteChunks CTAs, each with
   int chunk_size;                         // this many expanded indices
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks], used when num_chunks > 1
@@ -26,8 +21,10 @@ struct RouteParameters {
   int32_t* permuted_idx_to_expanded_idx;  // [rows], or null
   int32_t* expert_offsets;                // [L + 1]
   int32_t* num_m_blocks;                  // [1]
+  int32_t* tickets;                       // [2], set to 0
   MBlock* m_blocks;
   uint16_t* expert_weights;  // bf16 [num_expanded], or null; packed only
+  QuantizeTokens tokens;     // by the CTAs after the first num_chunks of the first kernel
 };
 
 // Rows of each local expert in each chunk. Only launched when num_chunks > 1. Dynamic shared memory: L int32.

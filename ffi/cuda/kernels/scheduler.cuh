@@ -1,28 +1,32 @@
 // Which tile of a grouped GEMM a CTA computes next. Tiles are numbered group by group (up to 16 row blocks of one
-// expert), inside a group by weight column tile, then by row block: CTAs that run together share weight tiles in L2.
-// Persistent CTAs take tiles blockIdx.x, blockIdx.x + gridDim.x, ...
+// expert), inside a group by weight column tile, then by row block: CTAs that run together share weight tiles in L2. A
+// CTA begins with tile blockIdx.x and then takes tickets: tiles are of unequal cost, so a fixed share would leave some
+// CTAs behind. One thread takes them, a tile ahead; the others learn of a tile through a queue in shared memory.
 #pragma once
 #include "../../workspace.h"
-#include "ptx.cuh"
+#include "pipeline.cuh"
 
 namespace jax_moe::cuda {
 
-struct Tile {
+struct alignas(16) Tile {
   int row0;    // first permuted row
-  int rows;    // 1..kBlockM
+  int rows;    // 1..kBlockM; 0: there are no more tiles
   int expert;  // local expert
   int column;  // column tile
 };
 
+// NOTE: read past L1: the kernel that writes it may still run when this one starts.
 struct TileSchedule {
   const MBlock* m_blocks;  // [*num_m_blocks]
   const int32_t* num_m_blocks;
+  int32_t* ticket;  // tiles taken after the first of each CTA
   int num_columns;  // column tiles of a row block
 
-  DEVICE int num_tiles() const { return __ldg(num_m_blocks) * num_columns; }
+  DEVICE int num_tiles() const { return __ldcg(num_m_blocks) * num_columns; }
 
   // Every block of a group knows where the group begins, so tile -> group needs no search.
-  DEVICE Tile tile(int index) const {
+  DEVICE Tile tile(int index, int num_tiles) const {
+    if (index >= num_tiles) return {0, 0, 0, 0};
     const MBlock first = load(index / num_columns);
     const int in_group = index - first.group_begin * num_columns;
     const int column = in_group / first.group_size;
@@ -32,9 +36,70 @@ struct TileSchedule {
 
  private:
   DEVICE MBlock load(int i) const {
-    const int4 v = __ldg(reinterpret_cast<const int4*>(m_blocks) + i);
+    const int4 v = __ldcg(reinterpret_cast<const int4*>(m_blocks) + i);
     return {v.x, v.y, v.z, static_cast<int16_t>(v.w & 0xFFFF), static_cast<int16_t>(v.w >> 16)};
   }
+};
+
+// NOTE: deeper than the ring of stages, so that whoever feeds both never waits here for somebody who waits for a stage,
+// not even when every tile is one stage.
+inline constexpr int kTileQueue = 8;
+struct TileQueue {
+  Tile tiles[kTileQueue];
+  PipelineBarriers<kTileQueue> barriers;  // full: the thread that takes tickets; empty: every warp that reads tiles
+};
+
+// A warp's place in the queue.
+class TileReader {
+ public:
+  // By whole warps.
+  DEVICE Tile next(TileQueue& queue) {
+    const Tile tile = read(queue);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) queue.barriers.release(at_);
+    at_.advance();
+    return tile;
+  }
+  // By the one thread of a warp that is there.
+  DEVICE Tile next_alone(TileQueue& queue) {
+    const Tile tile = read(queue);
+    queue.barriers.release(at_);
+    at_.advance();
+    return tile;
+  }
+
+ private:
+  DEVICE Tile read(TileQueue& queue) {
+    queue.barriers.wait_full(at_);
+    const int4 v = *reinterpret_cast<const int4*>(&queue.tiles[at_.stage()]);
+    return {v.x, v.y, v.z, v.w};
+  }
+  PipelineCursor<kTileQueue> at_;
+};
+
+// One thread of a CTA takes tiles and tells the others.
+class TileTaker {
+ public:
+  DEVICE explicit TileTaker(const TileSchedule& schedule)
+      : schedule_(schedule), num_tiles_(schedule.num_tiles()), index_(blockIdx.x) {}
+  // The tile that the next tell() tells.
+  DEVICE Tile peek() const { return schedule_.tile(index_, num_tiles_); }
+  DEVICE void tell(TileQueue& queue) {
+    if (done_) return;
+    const Tile tile = peek();
+    done_ = tile.rows == 0;
+    queue.barriers.wait_empty(at_);
+    *reinterpret_cast<int4*>(&queue.tiles[at_.stage()]) = make_int4(tile.row0, tile.rows, tile.expert, tile.column);
+    mbarrier_arrive(queue.barriers.full_address(at_.stage()));
+    at_.advance();
+    if (!done_) index_ = gridDim.x + atomicAdd(schedule_.ticket, 1);
+  }
+
+ private:
+  const TileSchedule& schedule_;
+  int num_tiles_, index_;
+  bool done_ = false;
+  PipelineCursor<kTileQueue> at_;
 };
 
 }  // namespace jax_moe::cuda

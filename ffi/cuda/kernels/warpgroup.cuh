@@ -14,7 +14,7 @@ struct WarpgroupContext {
   int index;         // of the math warpgroup
   int thread;        // 0..127
   int rows;          // valid rows of these 64, 1..64
-  int64_t row0;      // first permuted row
+  int row0;          // first permuted row
   uint32_t staging;  // its shared memory
 
   DEVICE int warp() const { return thread / 32; }

@@ -85,8 +85,12 @@ void store(T* p, T v) {
 }  // namespace emulation
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
+namespace emulation {
+void check_read_only_load(const void* address, uint32_t bytes);  // overlap.cc: nobody may write it meanwhile
+}
 template <class T>
 T __ldg(const T* p) {
+  emulation::check_read_only_load(p, sizeof(T));
   return emulation::load(p);
 }
 template <class T>
@@ -114,10 +118,10 @@ inline void __threadfence_block() {}
 
 // Threads take turns only where they wait, so a plain read-modify-write is atomic.
 namespace emulation {
-void check_plain_read(const void* address, uint32_t bytes);  // races.cc: an atomic races with plain writes only
+void check_atomic(const void* address, uint32_t bytes);  // races.cc: it races with plain accesses only
 template <class T, class Change>
 __attribute__((no_sanitize_thread, noinline)) T atomic(T* p, Change change) {
-  check_plain_read(p, sizeof(T));
+  check_atomic(p, sizeof(T));
   const T old = load(p);
   *p = change(old);
   return old;

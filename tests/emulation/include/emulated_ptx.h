@@ -21,12 +21,20 @@ void write_shared(uint32_t smem, const void* from, uint32_t bytes);
 void publish_to_async_proxy();
 // copies.cc
 void check_tensor_map(const CUtensorMap* map);
-void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier);
-void queue_cp_async(uint32_t smem, const void* global);
+void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int rank, int x, int y, int z, uint32_t barrier);
+void queue_bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier);
+void queue_cp_async(uint32_t smem, const void* global, uint32_t bytes);
 void commit_cp_async();
 void wait_cp_async(int pending);
-// wgmma.cc
+// warp_matrix.cc
 void store_matrix(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
+void load_matrix(uint32_t (&r)[4], uint32_t smem);
+void multiply_f16(float (&d)[4], const LanePayload& operands);
+void decode_e4m3x4(uint32_t codes, uint32_t& lo, uint32_t& hi);
+// overlap.cc
+void wait_for_earlier_kernels();
+void start_next_kernel();
+// wgmma.cc
 void fence_wgmma();
 void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate);
 void commit_wgmma();
@@ -48,9 +56,16 @@ DEVICE void mbarrier_wait(uint32_t smem, uint32_t parity) { emulation::wait_mbar
 
 DEVICE void prefetch_tensor_map(const CUtensorMap* map) { emulation::check_tensor_map(map); }
 DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
-  emulation::queue_tensor_load(smem, map, x, y, barrier);
+  emulation::queue_tensor_load(smem, map, 2, x, y, 0, barrier);
 }
-DEVICE void cp_async_16(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global); }
+DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
+  emulation::queue_tensor_load(smem, map, 3, x, y, z, barrier);
+}
+DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
+  emulation::queue_bulk_load(smem, global, bytes, barrier);
+}
+DEVICE void cp_async_16(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 16); }
+DEVICE void cp_async_4(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 4); }
 DEVICE void cp_async_commit() { emulation::commit_cp_async(); }
 template <int kPending>
 DEVICE void cp_async_wait() {
@@ -69,11 +84,23 @@ DEVICE uint4 load_shared_v4(uint32_t smem) { return load_shared<uint4>(smem); }
 DEVICE void store_shared_u16(uint32_t smem, uint16_t v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_shared_u32(uint32_t smem, uint32_t v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_shared_v2(uint32_t smem, uint2 v) { emulation::write_shared(smem, &v, sizeof v); }
+DEVICE void store_shared_v4(uint32_t smem, uint4 v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   emulation::store_matrix(smem, a, b, c, d);
 }
+DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t smem) { emulation::load_matrix(r, smem); }
+DEVICE void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  emulation::multiply_f16(d, {{a0, a1, a2, a3, b0, b1}});
+}
+DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) { emulation::decode_e4m3x4(codes, lo, hi); }
+
+DEVICE void wait_for_previous_kernel() { emulation::wait_for_earlier_kernels(); }
+DEVICE void let_next_kernel_start() { emulation::start_next_kernel(); }
+DEVICE uint4 load_fresh_v4(const void* global) { return __ldcg(static_cast<const uint4*>(global)); }
 
 DEVICE void named_barrier_sync(int id, int threads) { emulation::barrier_sync(id, threads); }
+DEVICE void named_barrier_arrive(int id, int threads) { emulation::barrier_arrive(id, threads); }
 template <int kRegisters>
 DEVICE void reduce_registers() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
@@ -90,6 +117,7 @@ DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
 DEVICE void wgmma_fence() { emulation::fence_wgmma(); }
 DEVICE void wgmma_commit() { emulation::commit_wgmma(); }
 DEVICE void wgmma_wait() { emulation::wait_wgmma(); }
+DEVICE void hide(int&) {}
 template <int kCount>
 DEVICE void register_fence(float (&)[kCount]) {}
 DEVICE void wgmma_m64n128k32_e4m3(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {

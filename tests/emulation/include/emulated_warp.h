@@ -19,6 +19,8 @@ enum class Meeting {
   kMatch,
   kReduce,
   kStoreMatrix,
+  kLoadMatrix,
+  kMultiply,
   kWgmma,
   kRegisters
 };
@@ -28,6 +30,7 @@ enum class Meeting {
 const LanePayload* meet(Meeting kind, uint32_t mask, const LanePayload& mine,
                         void (*last)(const LanePayload*) = nullptr);
 void barrier_sync(int id, int threads);
+void barrier_arrive(int id, int threads);
 int lane();
 int cta_threads();
 

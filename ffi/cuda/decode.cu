@@ -1,0 +1,97 @@
+// From a call to the parameters and tensor maps of the two decode kernels.
+#include "decode.h"
+#include "kernels/decode_gemm_sm90.cuh"
+#include "launch.h"
+#include "tensor_map.h"
+
+namespace jax_moe::cuda {
+namespace {
+
+// Weights [L, rows, k] in the caller's layout, in boxes of box_rows x `tile.chunks` K blocks.
+Status DescribeStream(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k, int box_rows,
+                      const DecodeTile& tile, CUtensorMap* map, WeightStream* stream) {
+  const int64_t k_blocks = k / kScaleBlock, experts = c.p.local_num_experts;
+  const bool block_major = c.p.block_major_k();
+  *stream = {Floats(scale),
+             int(rows),
+             int(k_blocks),
+             tile.chunks,
+             tile.steps,
+             block_major ? 0 : int(rows),
+             block_major ? int(k_blocks) : 0,
+             tile.stages,
+             unsigned(tile.stage_bytes)};
+  return block_major ? EncodeChunks(map, weights.data, rows, experts * k_blocks, kScaleBlock, rows * kScaleBlock,
+                                    box_rows, tile.chunks)
+                     : EncodeChunks(map, weights.data, experts * rows, k_blocks, k, kScaleBlock, box_rows, tile.chunks);
+}
+
+template <class Kernel, class Parameters>
+Status LaunchDecode(const char* name, Kernel* kernel, int grid, int threads, int shared_bytes, bool overlap,
+                    const Call& c, const CUtensorMap& map, const Parameters& parameters) {
+  const LaunchShape shape{unsigned(grid), unsigned(threads), unsigned(shared_bytes), overlap,
+                          unsigned(kMaxSharedBytes)};
+  return Launch(name, kernel, shape, c.stream, map, parameters);
+}
+
+}  // namespace
+
+Status DecodeGemm1(const Call& c) {
+  const DecodeConfig& d = c.config.decode;
+  DecodeGemm1Parameters p{};
+  CUtensorMap map;
+  Status s = DescribeStream(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(),
+                            c.p.hidden_size, 16, d.gemm1, &map, &p.stream);
+  if (!s.ok()) return s;
+  p.slots = c.slot_experts();
+  p.num_tokens = int(c.p.num_tokens);
+  p.top_k = int(c.p.top_k);
+  p.x = c.buffers.hidden_states.data;
+  p.x_is_bf16 = c.p.hidden_states_are_bf16();
+  p.x_scale = Floats(c.buffers.hidden_states_scale);
+  p.block_stride = c.p.hidden_states_scale_block_stride;
+  p.token_stride = c.p.hidden_states_scale_token_stride;
+  p.intermediate = int(c.p.intermediate_size);
+  p.num_tiles = int(c.p.gemm1_rows() / kDecodeGemm1Rows);
+  p.shuffled = c.p.use_shuffled_weight != 0;
+  p.activation = c.activation();
+  p.h = c.workspace.decode_h;
+  s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles), d.gemm1.grid, kDecodeThreads, d.gemm1.shared_bytes,
+                   d.overlap_previous, c, map, p);
+  if (!s.ok()) return s;
+  DecodeQuantizeParameters q{};
+  q.slots = p.slots;
+  q.num_slots = int(c.p.expanded_rows());
+  q.top_k = p.top_k;
+  q.k_blocks = int(c.p.intermediate_size / kScaleBlock);
+  q.h = p.h;
+  q.codes = c.workspace.decode_codes;
+  q.scales = c.workspace.decode_scales;
+  const unsigned warps = unsigned(q.num_slots * q.k_blocks), per_cta = kDecodeQuantizeThreads / 32;
+  return Launch("decode_quantize", decode_quantize, {(warps + per_cta - 1) / per_cta, kDecodeQuantizeThreads, 0, true},
+                c.stream, q);
+}
+
+Status DecodeGemm2(const Call& c) {
+  const DecodeConfig& d = c.config.decode;
+  DecodeGemm2Parameters p{};
+  CUtensorMap map;
+  Status s = DescribeStream(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, c.p.hidden_size,
+                            c.p.intermediate_size, d.slice_columns, d.gemm2, &map, &p.stream);
+  if (!s.ok()) return s;
+  p.slots = c.slot_experts();
+  p.weights = c.slot_weights();
+  p.num_tokens = int(c.p.num_tokens);
+  p.top_k = int(c.p.top_k);
+  p.h = c.workspace.decode_codes;
+  p.h_scale = c.workspace.decode_scales;
+  p.hidden = int(c.p.hidden_size);
+  p.slice_rows = d.slice_columns;
+  p.h_buffers = d.h_buffers;
+  p.shuffled = c.p.use_shuffled_weight != 0;
+  p.output = static_cast<uint16_t*>(c.buffers.output.data);
+  return LaunchDecode("decode_gemm2", FindDecodeGemm2(d.token_tiles), d.gemm2.grid, kDecodeThreads,
+                      d.gemm2.shared_bytes, true, c, map, p);
+}
+
+}  // namespace jax_moe::cuda

@@ -1,0 +1,258 @@
+// GEMM1 of a small call. One warp finds the active experts and streams their weights. Sixteen quantise the tokens once,
+// then multiply, each its share of a tile, up rows or gate rows. One lists the tokens of the experts, then adds up the
+// shares of every tile and finishes it, while the others are at the next.
+#include "decode_fragment.cuh"
+#include "decode_gemm_sm90.cuh"
+#include "fp8.cuh"
+
+namespace jax_moe::cuda {
+namespace {
+
+constexpr int kExpertsBarrier = 1, kTokensBarrier = 2;
+constexpr int kProducerThread = kDecodeMathThreads, kFinishThread = kDecodeMathThreads + 32;
+
+struct Fixed {
+  PipelineBarriers<kMaxRingStages> ring;
+  PipelineBarriers<kTileBuffers> sums;  // full: every math warp; empty: the finishing warp
+  ActiveExperts experts;                // the producer's
+  ActiveTokens active;
+};
+static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
+
+struct Tile {  // 16 rows from `first` on and 16 from `second` on: up and gate, or neighbours
+  int a, expert, index, first, second;
+};
+
+DEVICE Tile tile_at(const DecodeGemm1Parameters& p, const ActiveExperts& experts, int t, bool gated) {
+  const int a = t / p.num_tiles, index = t - a * p.num_tiles, first = index * (gated ? 16 : 32);
+  return {a, experts.expert[a], index, first, first + (gated ? p.intermediate : 16)};
+}
+
+// By one thread.
+DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm1Parameters& p, bool gated) {
+  const WeightStream& s = p.stream;
+  RingCursor at;
+  const int num_tiles = fixed.experts.count * p.num_tiles;
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
+    const Tile tile = tile_at(p, fixed.experts, t, gated);
+    const int y = tile.expert * s.expert_y, z = tile.expert * s.expert_z;
+    for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
+      fixed.ring.wait_empty(at);
+      const uint32_t full = fixed.ring.full_address(at.stage()), to = ring + at.stage() * s.stage_bytes;
+      mbarrier_arrive_expect(full, s.stage_bytes);
+      tma_load_3d(to, map, 0, y + tile.first, z + step * s.chunks, full);
+      tma_load_3d(to + s.stage_bytes / 2, map, 0, y + tile.second, z + step * s.chunks, full);
+    }
+  }
+}
+
+// The call's tokens on their way into shared memory, in 16-byte pieces, by the math threads.
+// NOTE: the first pieces are asked for before anything else: behind the weights they would wait for a whole ring of
+// them.
+class TokenLoader {
+ public:
+  DEVICE TokenLoader(const DecodeGemm1Parameters& p, uint32_t codes, float* scales)
+      : p_(p), codes_(codes), scales_(scales), per_token_(p.stream.k_blocks * (p.x_is_bf16 ? 16 : 8)) {
+    load(threadIdx.x);
+    if (p.x_is_bf16) return;
+    if (int(threadIdx.x) < p.num_tokens * p.stream.k_blocks) first_scale_ = given_scale(threadIdx.x);
+  }
+
+  // To e4m3 rows of token_pitch bytes, and their scales.
+  DEVICE void finish() {
+    const int count = p_.num_tokens * per_token_;
+    // Whole warps stay together: 16 lanes make a block of 128.
+    for (int first = threadIdx.x; first - int(threadIdx.x % 32) < count; first += kInFlight * kDecodeMathThreads) {
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) store(first + i * kDecodeMathThreads, v_[i], count);
+      load(first + kInFlight * kDecodeMathThreads);
+    }
+    if (p_.x_is_bf16) return;
+    for (int i = threadIdx.x; i < p_.num_tokens * p_.stream.k_blocks; i += kDecodeMathThreads)
+      scales_[i / p_.stream.k_blocks * scale_pitch(p_.stream.k_blocks) + i % p_.stream.k_blocks] =
+          i < kDecodeMathThreads ? first_scale_ : given_scale(i);
+  }
+
+ private:
+  static constexpr int kInFlight = 4;
+
+  DEVICE void load(int first) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int piece = first + i * kDecodeMathThreads;
+      v_[i] =
+          piece < p_.num_tokens * per_token_ ? __ldcg(static_cast<const uint4*>(p_.x) + piece) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  DEVICE float given_scale(int i) const {
+    const int token = i / p_.stream.k_blocks, chunk = i - token * p_.stream.k_blocks;
+    return __ldcg(p_.x_scale + chunk * p_.block_stride + token * p_.token_stride);
+  }
+  DEVICE void store(int piece, const uint4& v, int count) {
+    if (piece - int(threadIdx.x % 32) >= count) return;
+    const int token = piece / per_token_, in_token = piece - token * per_token_;
+    const uint32_t row = codes_ + token * token_pitch(p_.stream.k_blocks);
+    if (!p_.x_is_bf16) {
+      if (piece < count) store_shared_v4(row + in_token * 16, v);
+      return;
+    }
+    float scale;
+    const uint2 codes = quantize_bf16(v, scale);
+    if (piece >= count) return;
+    store_shared_v2(row + in_token * 8, codes);
+    if (in_token % 16 == 0) scales_[token * scale_pitch(p_.stream.k_blocks) + in_token / 16] = scale;
+  }
+
+  const DecodeGemm1Parameters& p_;
+  uint32_t codes_;
+  float* scales_;
+  int per_token_;
+  uint4 v_[kInFlight];
+  float first_scale_ = 0.f;
+};
+
+// By one warp: adds up the shares of every tile in the order of the warps, applies the activation and stores h.
+template <int kTokenTiles>
+DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Parameters& p, bool gated) {
+  const int lane = threadIdx.x % 32;
+  const ActiveTokens& active = fixed.active;
+  const int num_tiles = active.experts.count * p.num_tiles;
+  PipelineCursor<kTileBuffers> at;
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, at.advance()) {
+    const Tile tile = tile_at(p, active.experts, t, gated);
+    fixed.sums.wait_full(at);
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      float sums[2][4] = {};  // of the two groups: rows r and r + 8, tokens t and t + 1
+      const float4* from =
+          reinterpret_cast<const float4*>(partial) + (at.stage() * kDecodeWarps * kTokenTiles + n) * 32 + lane;
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        const float4 v = from[w * kTokenTiles * 32];
+        float* sum = sums[w % 2];
+        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+      }
+      with_activation(p.activation, tile.expert, [&](const auto& function) {
+        constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = n * 8 + lane % 4 * 2 + i % 2;
+          if (!active.names(tile.a, token)) continue;
+          const int row = lane / 4 + i / 2 * 8;  // as stored
+          const int column = p.shuffled ? plain_row(row) : row;
+          float* to =
+              p.h + int64_t(active.slot[tile.a][token]) * p.intermediate + tile.index * (kGated ? 16 : 32) + column;
+          if constexpr (kGated) {
+            *to = function(sums[1][i], sums[0][i]);
+          } else {
+            to[0] = function(sums[0][i]);
+            to[16] = function(sums[1][i]);
+          }
+        }
+      });
+    }
+    __syncwarp();
+    if (lane == 0) fixed.sums.release(at);
+  }
+}
+
+template <int kTokenTiles>
+DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, float* partial,
+                     const DecodeGemm1Parameters& p, bool gated) {
+  const WeightStream& s = p.stream;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const WarpShare share(s, kDecodeGemm1Rows);
+  TokenLoader tokens(p, x, x_scale);
+  // Arrivals: all math threads and the producer's warp. Publishes the experts.
+  named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
+  const int num_tiles = fixed.experts.count * p.num_tiles;
+  const auto find = [&](int i) -> ScaleQueue::Place {
+    const int t = int(blockIdx.x) + i * int(gridDim.x);
+    if (t >= num_tiles) return {-1, 0};
+    const Tile tile = tile_at(p, fixed.experts, t, gated);
+    return {tile.expert, share.group() == 0 ? tile.first : tile.second};
+  };
+  ScaleQueue scales(s, share, find);
+  tokens.finish();
+  // Arrivals: all math threads and the finishing warp. Publishes the tokens and who names them.
+  named_barrier_sync(kTokensBarrier, kDecodeMathThreads + 32);
+  const float* token_scale[kTokenTiles][2];  // of this thread's two columns of a tile
+#pragma unroll
+  for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      token_scale[n][i] = x_scale + min(n * 8 + lane % 4 * 2 + i, p.num_tokens - 1) * scale_pitch(s.k_blocks);
+  }
+  int number = 0, stage = 0;  // of this CTA's tiles; the tile's first, of all stages
+  RingCursor ring_at;
+  PipelineCursor<kTileBuffers> sums_at;
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, stage += s.steps, sums_at.advance()) {
+    float sums[kTokenTiles][4] = {};
+    RingCursor at = ring_at;
+    at.advance(s.stages, share.first_step(stage));
+    for (int step = share.first_step(stage), round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
+      fixed.ring.wait_full(at);
+      const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * s.chunks * 2048;
+      share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
+        float product[kTokenTiles][4];
+        multiply_chunk(product, rows + in_stage * 2048, x + chunk * 128, token_pitch(s.k_blocks), p.num_tokens - 1);
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[n][i] += scale * token_scale[n][i % 2][chunk] * product[n][i];
+        }
+      });
+      __syncwarp();
+      if (lane == 0) fixed.ring.release(at);
+      at.advance(s.stages, StageShares::kTeams);
+    }
+    ring_at.advance(s.stages, s.steps);
+    scales.advance(s, share, find, ++number);
+    fixed.sums.wait_empty(sums_at);
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n)
+      reinterpret_cast<float4*>(partial)[((sums_at.stage() * kDecodeWarps + warp) * kTokenTiles + n) * 32 + lane] =
+          make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(fixed.sums.full_address(sums_at.stage()));
+  }
+}
+
+template <int kTokenTiles>
+__global__ void __launch_bounds__(kDecodeThreads, 1)
+    decode_gemm1(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm1Parameters p) {
+  uint8_t* memory = dynamic_shared_memory();
+  const DecodeGemm1Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, kTokenTiles);
+  Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
+  const bool gated = p.stream.rows != p.intermediate;
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x == kProducerThread) {
+    prefetch_tensor_map(&map);
+    fixed.ring.initialize(1, StageShares(kDecodeGemm1Rows).warps());
+    fixed.sums.initialize(kDecodeWarps, 1);
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+  let_next_kernel_start();  // NOTE: after the wait, so that what came before this kernel is complete for the next one
+  if (warp == kProducerThread / 32) {
+    int expert[kSlotsPerLane], ranks[kSlotsPerLane];
+    load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
+    fixed.experts.build(expert, ranks);
+    named_barrier_arrive(kExpertsBarrier, kDecodeMathThreads + 32);
+    if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p, gated);
+  } else if (warp == kFinishThread / 32) {
+    fixed.active.build(p.slots, {}, nullptr, p.num_tokens, p.top_k);
+    named_barrier_arrive(kTokensBarrier, kDecodeMathThreads + 32);
+    finish<kTokenTiles>(fixed, reinterpret_cast<const float*>(memory + layout.partial), p, gated);
+  } else {
+    multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.x),
+                          reinterpret_cast<float*>(memory + layout.x_scale),
+                          reinterpret_cast<float*>(memory + layout.partial), p, gated);
+  }
+}
+
+}  // namespace
+
+DecodeGemm1Kernel FindDecodeGemm1(int token_tiles) { return token_tiles == 1 ? decode_gemm1<1> : decode_gemm1<2>; }
+
+}  // namespace jax_moe::cuda

@@ -1,0 +1,199 @@
+// GEMM2 of a small call. A CTA owns a slice of the output's columns and walks all active experts: one warp streams
+// their weights, from before GEMM1's end on, one their rows of h; sixteen multiply and keep the weighted sum over
+// experts in registers, so that no row of a single expert is ever stored. Experts are summed in ascending order.
+#include "decode_fragment.cuh"
+#include "decode_gemm_sm90.cuh"
+#include "fp8.cuh"
+
+namespace jax_moe::cuda {
+namespace {
+
+constexpr int kReadyBarrier = 1, kMathBarrier = 2;
+constexpr int kProducerThread = kDecodeMathThreads, kRowsThread = kDecodeMathThreads + 32;
+
+struct Fixed {
+  PipelineBarriers<kMaxRingStages> ring;
+  PipelineBarriers<kMaxHBuffers> h;
+  ActiveExperts experts;  // the producer's
+  ActiveTokens active;
+};
+static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
+
+// By one thread.
+DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm2Parameters& p) {
+  const WeightStream& s = p.stream;
+  RingCursor at;
+  for (int row = blockIdx.x * p.slice_rows; row < p.hidden; row += gridDim.x * p.slice_rows) {
+    for (int a = 0; a < fixed.experts.count; ++a) {
+      const int expert = fixed.experts.expert[a];
+      for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
+        fixed.ring.wait_empty(at);
+        const uint32_t full = fixed.ring.full_address(at.stage());
+        mbarrier_arrive_expect(full, s.stage_bytes);
+        tma_load_3d(ring + at.stage() * s.stage_bytes, map, 0, expert * s.expert_y + row,
+                    expert * s.expert_z + step * s.chunks, full);
+      }
+    }
+  }
+}
+
+// The rows of h and their scales, expert by expert, by one warp: a lane a token.
+DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGemm2Parameters& p) {
+  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, scale_bytes = scale_pitch(k_blocks) * 4;
+  const ActiveTokens& active = fixed.active;
+  RingCursor at;
+  for (int row = blockIdx.x * p.slice_rows; row < p.hidden; row += gridDim.x * p.slice_rows) {
+    for (int a = 0; a < active.experts.count; ++a, at.advance(p.h_buffers)) {
+      fixed.h.wait_empty(at);
+      __syncwarp();  // NOTE: a lane still waiting would miss the phase that the next fill completes
+      const uint32_t full = fixed.h.full_address(at.stage());
+      if (lane == 0) mbarrier_arrive_expect(full, __popc(active.tokens[a]) * (k_blocks * 128 + scale_bytes));
+      __syncwarp();
+      if (!active.names(a, lane)) continue;
+      const int slot = active.slot[a][lane];
+      bulk_load(h + at.stage() * tokens_bytes(k_blocks, p.num_tokens) + lane * token_pitch(k_blocks),
+                p.h + int64_t(slot) * k_blocks * 128, k_blocks * 128, full);
+      bulk_load(h_scale + at.stage() * scales_bytes(k_blocks, p.num_tokens) + lane * scale_bytes,
+                p.h_scale + slot * scale_pitch(k_blocks), scale_bytes, full);
+    }
+  }
+}
+
+// Adds up the warps' shares of a slice in their order and stores it.
+template <int kTokenTiles>
+DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* partial) {
+  const int groups = p.slice_rows / 16;
+  for (int i = threadIdx.x; i < groups * kTokenTiles * 128; i += kDecodeMathThreads) {
+    const int group = i / (kTokenTiles * 128), in_group = i - group * kTokenTiles * 128;
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w)
+      if (w % groups == group) sum += partial[w * kTokenTiles * 128 + in_group];
+    // As mma_m16n8k16_f16 leaves it: four values a lane.
+    const int lane = in_group / 4 % 32, token = in_group / 128 * 8 + lane % 4 * 2 + in_group % 2;
+    if (token >= p.num_tokens) continue;
+    const int row = lane / 4 + in_group / 2 % 2 * 8;
+    const int column = first + group * 16 + (p.shuffled ? plain_row(row) : row);
+    p.output[int64_t(token) * p.hidden + column] = uint16_t(to_bf16x2(sum, 0.f));
+  }
+}
+
+template <int kTokenTiles>
+DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_scale, const float* token_weight,
+                     float* partial, const DecodeGemm2Parameters& p) {
+  const WeightStream& s = p.stream;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = p.slice_rows / 16;
+  const WarpShare share(s, p.slice_rows);
+  const ActiveTokens& active = fixed.active;
+  const int count = active.experts.count;
+  const auto find = [&](int i) -> ScaleQueue::Place {
+    const int slice = i / max(count, 1), first = (int(blockIdx.x) + slice * int(gridDim.x)) * p.slice_rows;
+    if (count == 0 || first >= p.hidden) return {-1, 0};
+    return {active.experts.expert[i - slice * count], first};
+  };
+  ScaleQueue scales(s, share, find);
+  int number = 0, stage = 0;  // of this CTA's experts; the expert's first, of all stages
+  RingCursor ring_at, h_at;
+  for (int first = blockIdx.x * p.slice_rows; first < p.hidden; first += gridDim.x * p.slice_rows) {
+    float sums[kTokenTiles][4] = {};
+    for (int a = 0; a < count; ++a, stage += s.steps, h_at.advance(p.h_buffers)) {
+      fixed.h.wait_full(h_at);
+      if (const int first_step = share.first_step(stage); first_step < s.steps) {
+        // Routing weights and scales of this thread's two tokens of a tile. NOTE: a token that is not routed here is
+        // left out, not multiplied by 0: no NaN of another token's expert gets in.
+        float weight[kTokenTiles][2];
+        bool routed[kTokenTiles][2];
+        const float* row_scale[kTokenTiles][2];
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int token = n * 8 + lane % 4 * 2 + i;
+            routed[n][i] = active.names(a, token);
+            weight[n][i] = token_weight[a * p.num_tokens + min(token, p.num_tokens - 1)];
+            row_scale[n][i] = h_scale + h_at.stage() * (scales_bytes(s.k_blocks, p.num_tokens) / 4) +
+                              min(token, p.num_tokens - 1) * scale_pitch(s.k_blocks);
+          }
+        }
+        const uint32_t codes = h + h_at.stage() * tokens_bytes(s.k_blocks, p.num_tokens);
+        RingCursor at = ring_at;
+        at.advance(s.stages, first_step);
+        for (int step = first_step, round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
+          fixed.ring.wait_full(at);
+          const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * 2048;
+          share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
+            float product[kTokenTiles][4];
+            multiply_chunk(product, rows + in_stage * groups * 2048, codes + chunk * 128, token_pitch(s.k_blocks),
+                           p.num_tokens - 1);
+#pragma unroll
+            for (int n = 0; n < kTokenTiles; ++n) {
+              const float factor[2] = {scale * row_scale[n][0][chunk] * weight[n][0],
+                                       scale * row_scale[n][1][chunk] * weight[n][1]};
+#pragma unroll
+              for (int i = 0; i < 4; ++i)
+                if (routed[n][i % 2]) sums[n][i] += factor[i % 2] * product[n][i];
+            }
+          });
+          __syncwarp();
+          if (lane == 0) fixed.ring.release(at);
+          at.advance(s.stages, StageShares::kTeams);
+        }
+      }
+      ring_at.advance(s.stages, s.steps);
+      scales.advance(s, share, find, ++number);
+      __syncwarp();
+      if (lane == 0) fixed.h.release(h_at);
+    }
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n)
+      reinterpret_cast<float4*>(partial)[(warp * kTokenTiles + n) * 32 + lane] =
+          make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+    // Arrivals: all math threads. The first publishes the shares, the second says that they have been read.
+    named_barrier_sync(kMathBarrier, kDecodeMathThreads);
+    store_slice<kTokenTiles>(p, first, partial);
+    named_barrier_sync(kMathBarrier, kDecodeMathThreads);
+  }
+}
+
+template <int kTokenTiles>
+__global__ void __launch_bounds__(kDecodeThreads, 1)
+    decode_gemm2(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm2Parameters p) {
+  uint8_t* memory = dynamic_shared_memory();
+  const DecodeGemm2Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, p.top_k,
+                                 kTokenTiles, p.h_buffers);
+  Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x == kProducerThread) {
+    prefetch_tensor_map(&map);
+    fixed.ring.initialize(1, StageShares(p.slice_rows).warps());
+    fixed.h.initialize(1, kDecodeWarps);
+  }
+  __syncthreads();
+  // NOTE: weights and ids are no kernel's of this call, and what came before GEMM1 was complete when GEMM1 let the next
+  // kernel start: they may be read before the wait. The math warps need no wait: all they compute comes from h.
+  if (warp == kProducerThread / 32) {
+    int expert[kSlotsPerLane], ranks[kSlotsPerLane];
+    load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
+    fixed.experts.build(expert, ranks);
+    if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p);
+  } else if (warp == kRowsThread / 32) {
+    fixed.active.build(p.slots, p.weights, reinterpret_cast<float*>(memory + layout.weight), p.num_tokens, p.top_k);
+    named_barrier_arrive(kReadyBarrier, kDecodeMathThreads + 32);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    load_rows(fixed, smem_address(memory + layout.h), smem_address(memory + layout.h_scale), p);
+  } else {
+    // Arrivals: all math threads and the warp above. Publishes experts and tokens.
+    named_barrier_sync(kReadyBarrier, kDecodeMathThreads + 32);
+    multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.h),
+                          reinterpret_cast<const float*>(memory + layout.h_scale),
+                          reinterpret_cast<const float*>(memory + layout.weight),
+                          reinterpret_cast<float*>(memory + layout.partial), p);
+  }
+}
+
+}  // namespace
+
+DecodeGemm2Kernel FindDecodeGemm2(int token_tiles) { return token_tiles == 1 ? decode_gemm2<1> : decode_gemm2<2>; }
+
+}  // namespace jax_moe::cuda

@@ -1,0 +1,76 @@
+// Sizes of the decode kernels and what their dynamic shared memory holds, for the kernels and for select.cc alike: a
+// ring of weight stages first, then the parts below, at these byte offsets.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
+namespace jax_moe::cuda {
+
+inline constexpr int kDecodeWarps = 16;  // of math
+inline constexpr int kDecodeMathThreads = kDecodeWarps * 32;
+inline constexpr int kDecodeThreads = kDecodeMathThreads + 64;
+inline constexpr int kDecodeGemm1Rows = 32;  // of a tile, in two groups
+inline constexpr int kMaxRingStages = 16;
+inline constexpr int kMaxHBuffers = 8;
+inline constexpr int kTileBuffers = 2;          // tiles of decode_gemm1 whose sums are being collected
+inline constexpr int kDecodeFixedBytes = 9216;  // barriers and lists
+
+// How the math warps share the stages of `groups` x 16 rows by some K blocks: a stage goes to one of two teams, whose
+// warps take a group and every `split`-th K block each; the next stage goes to the other team.
+// NOTE: the ring has an even number of stages, so that a stage is always the same team's: a wait for a phase of it
+// would not know an earlier phase that only the other team has waited for.
+struct StageShares {
+  static constexpr int kTeams = 2;
+  int groups, split;
+  HOST_DEVICE explicit StageShares(int rows) : groups(rows / 16), split(kDecodeWarps / kTeams / groups) {}
+  HOST_DEVICE int warps() const { return groups * split; }  // of a team
+  // K blocks of a stage and of a tile that one warp multiplies, at most: at most 32.
+  HOST_DEVICE int blocks_of_stage(int chunks) const { return (chunks + split - 1) / split; }
+  HOST_DEVICE int blocks_of_tile(int chunks, int steps) const {
+    return (steps + kTeams - 1) / kTeams * blocks_of_stage(chunks);
+  }
+};
+
+// A token's codes and its scales, a row each. NOTE: the pitch puts rows 16 bytes apart modulo 128, so that eight of
+// them are read without bank conflicts.
+HOST_DEVICE constexpr int token_pitch(int k_blocks) { return k_blocks * 128 + 16; }
+HOST_DEVICE constexpr int scale_pitch(int k_blocks) { return (k_blocks + 3) / 4 * 4; }
+HOST_DEVICE constexpr int tokens_bytes(int k_blocks, int num_tokens) { return token_pitch(k_blocks) * num_tokens; }
+HOST_DEVICE constexpr int scales_bytes(int k_blocks, int num_tokens) { return scale_pitch(k_blocks) * num_tokens * 4; }
+HOST_DEVICE constexpr int partial_bytes(int token_tiles) { return kDecodeWarps * token_tiles * 512; }
+
+struct DecodeGemm1Layout {
+  uint32_t x, x_scale;  // one token after the other
+  uint32_t partial;     // f32 [kTileBuffers][kDecodeWarps][token_tiles][128]
+  uint32_t fixed, bytes;
+  HOST_DEVICE DecodeGemm1Layout(uint32_t ring_bytes, int k_blocks, int num_tokens, int token_tiles) {
+    x = ring_bytes;
+    x_scale = x + tokens_bytes(k_blocks, num_tokens);
+    partial = x_scale + scales_bytes(k_blocks, num_tokens);
+    fixed = partial + kTileBuffers * partial_bytes(token_tiles);
+    bytes = fixed + kDecodeFixedBytes;
+  }
+};
+
+struct DecodeGemm2Layout {
+  uint32_t h, h_scale;  // the same, h_buffers times
+  uint32_t partial;     // f32 [kDecodeWarps][token_tiles][128]
+  uint32_t weight;      // f32 [slots, T]: of an active expert and a token
+  uint32_t fixed, bytes;
+  HOST_DEVICE DecodeGemm2Layout(uint32_t ring_bytes, int k_blocks, int num_tokens, int top_k, int token_tiles,
+                                int h_buffers) {
+    h = ring_bytes;
+    h_scale = h + h_buffers * tokens_bytes(k_blocks, num_tokens);
+    partial = h_scale + h_buffers * scales_bytes(k_blocks, num_tokens);
+    weight = partial + partial_bytes(token_tiles);
+    fixed = weight + (num_tokens * top_k * num_tokens * 4 + 15) / 16 * 16;
+    bytes = fixed + kDecodeFixedBytes;
+  }
+};
+
+}  // namespace jax_moe::cuda

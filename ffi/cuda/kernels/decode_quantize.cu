@@ -1,0 +1,37 @@
+// Between the two GEMMs of a small call: h to e4m3 with 1x128 scales. A kernel of its own, because a block of 128 comes
+// from eight tiles of GEMM1; it needs next to nothing of an SM, so it is there when GEMM1 ends.
+#include "decode_gemm_sm90.cuh"
+#include "fp8.cuh"
+
+namespace jax_moe::cuda {
+
+__global__ void __launch_bounds__(kDecodeQuantizeThreads)
+    decode_quantize(const __grid_constant__ DecodeQuantizeParameters p) {
+  // NOTE: at once: GEMM2 reads only weights and ids before its wait, and those were complete when GEMM1 let this start.
+  let_next_kernel_start();
+  const int lane = threadIdx.x % 32, block = (blockIdx.x * kDecodeQuantizeThreads + threadIdx.x) / 32;
+  const int slot = block / p.k_blocks, chunk = block - slot * p.k_blocks;
+  // Slots without a row: not local, or not the token's first that names its expert.
+  bool has_row = slot < p.num_slots;
+  if (has_row) {
+    const int64_t first = p.slots.first_local();
+    const int expert = p.slots.local_expert(__ldcg(p.slots.topk_ids + slot), first);
+    has_row = expert >= 0;
+    for (int before = slot / p.top_k * p.top_k; before < slot; ++before)
+      has_row &= p.slots.local_expert(__ldcg(p.slots.topk_ids + before), first) != expert;
+  }
+  wait_for_previous_kernel();
+  if (!has_row) return;
+  const int64_t at = int64_t(block) * 128 + lane * 4;
+  const uint4 v = load_fresh_v4(p.h + at);
+  const float x[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+  float amax = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+  const float scale = block_scale(amax), inverse = 1.f / scale;
+  *reinterpret_cast<uint32_t*>(p.codes + at) =
+      to_e4m3x2(x[0] * inverse, x[1] * inverse) | uint32_t(to_e4m3x2(x[2] * inverse, x[3] * inverse)) << 16;
+  if (lane == 0) p.scales[slot * scale_pitch(p.k_blocks) + chunk] = scale;
+}
+
+}  // namespace jax_moe::cuda
