@@ -22,13 +22,16 @@ constexpr int64_t kAlignment = 16;  // TMA, cp.async and 16-byte stores
 
 Status CheckOptions(const Problem& p) {
   const auto is = [](int64_t value, auto... members) { return ((value == int64_t(members)) || ...); };
-  if (!is(p.fp8_quantization_type, Fp8QuantizationType::kDeepSeekFp8))
-    return Status::Unsupported("fp8_quantization_type must be DeepSeekFp8 in this build");
+  if (!is(p.fp8_quantization_type, Fp8QuantizationType::kDeepSeekFp8, Fp8QuantizationType::kMxFp8))
+    return Status::Invalid("fp8_quantization_type must be DeepSeekFp8 or MxFp8");
   if (!is(p.activation_type, ActivationType::kSwiglu, ActivationType::kGeglu, ActivationType::kRelu2,
           ActivationType::kIdentity))
     return Status::Invalid("activation_type must be Swiglu, Geglu, Relu2 or Identity");
   if (!is(p.weight_layout, WeightLayout::kMajorK, WeightLayout::kBlockMajorK))
     return Status::Invalid("weight_layout must be MajorK or BlockMajorK");
+  if (p.mx() && p.block_major_k()) return Status::Invalid("weight_layout must be MajorK with MxFp8");
+  if (p.mx() ? !is(p.weights_scale_rows, 1, 32) : !is(p.weights_scale_rows, kScaleBlock))
+    return Status::Invalid("weights_scale_rows must be 128 with DeepSeekFp8 and 1 or 32 with MxFp8");
   if (!is(p.hidden_states_dtype, DataType::kFloat8E4M3, DataType::kBFloat16))
     return Status::Invalid("hidden_states must be float8_e4m3fn or bfloat16");
   if (!is(p.topk_weights_dtype, DataType::kNone, DataType::kBFloat16, DataType::kFloat32))
@@ -57,7 +60,8 @@ Status CheckBuffers(const Problem& p, const Buffers& b) {
   if (Status s = CheckSizes(p); !s.ok()) return s;
   const int64_t T = p.num_tokens, H = p.hidden_size, I = p.intermediate_size, L = p.local_num_experts;
   const int64_t M = p.gemm1_rows(), rows = p.expanded_rows();
-  const int64_t h_blocks = H / kScaleBlock, i_blocks = I / kScaleBlock;
+  const int64_t h_blocks = H / p.scale_block(), i_blocks = I / p.scale_block();
+  const int64_t scale_bytes = p.mx() ? 1 : 4, weights_scale_alignment = p.mx() ? kAlignment : 4;
   const int64_t x_bytes = p.hidden_states_are_bf16() ? 2 : 1;
   const int64_t scale_elements =
       T == 0 || p.hidden_states_are_bf16()
@@ -76,11 +80,13 @@ Status CheckBuffers(const Problem& p, const Buffers& b) {
       {"topk_ids", b.topk_ids, rows * 4, 4},
       {"topk_weights", b.topk_weights, rows * weight_bytes, weight_bytes},
       {"hidden_states", b.hidden_states, T * H * x_bytes, kAlignment},
-      {"hidden_states_scale", b.hidden_states_scale, scale_elements * 4, 4},
+      {"hidden_states_scale", b.hidden_states_scale, scale_elements * scale_bytes, scale_bytes},
       {"gemm1_weights", b.gemm1_weights, L * M * H, kAlignment},
-      {"gemm1_weights_scale", b.gemm1_weights_scale, L * (M / kScaleBlock) * h_blocks * 4, 4},
+      {"gemm1_weights_scale", b.gemm1_weights_scale, L * (M / p.weights_scale_rows) * h_blocks * scale_bytes,
+       weights_scale_alignment},
       {"gemm2_weights", b.gemm2_weights, L * H * I, kAlignment},
-      {"gemm2_weights_scale", b.gemm2_weights_scale, L * h_blocks * i_blocks * 4, 4},
+      {"gemm2_weights_scale", b.gemm2_weights_scale, L * (H / p.weights_scale_rows) * i_blocks * scale_bytes,
+       weights_scale_alignment},
       {"gemm1_lora_delta", b.gemm1_lora_delta, lora ? rows * M * 2 : 0, kAlignment},
       {"gemm1_alpha", b.gemm1_alpha, per_expert(b.gemm1_alpha), 4},
       {"gemm1_beta", b.gemm1_beta, per_expert(b.gemm1_beta), 4},
@@ -91,7 +97,8 @@ Status CheckBuffers(const Problem& p, const Buffers& b) {
       {"expert_weights", b.expert_weights, finalize || weight_bytes ? 0 : rows * 2, 2},
       {"expanded_idx_to_permuted_idx", b.expanded_idx_to_permuted_idx, finalize && !lora ? 0 : rows * 4, 4},
       {"gemm1_activation_output", b.gemm1_activation_output, lora ? rows * I : 0, kAlignment},
-      {"gemm1_activation_scale", b.gemm1_activation_scale, lora ? i_blocks * p.scale_stride() * 4 : 0, kAlignment},
+      {"gemm1_activation_scale", b.gemm1_activation_scale, lora ? I / kScaleBlock * p.scale_stride() * 4 : 0,
+       kAlignment},
       {"workspace", b.workspace, T == 0 ? 0 : WorkspaceSize(p).at(T), 1},
   };
   for (const auto& e : expected)

@@ -18,13 +18,16 @@ inline int64_t ElementBytes(int64_t dtype) {
   return dtype == int64_t(DataType::kFloat32) ? 4 : dtype == int64_t(DataType::kBFloat16) ? 2 : 0;
 }
 
-// Elements that share one scale, and the K extent of one partial sum.
+// Columns that share one scale with DeepSeekFp8 (float32), also the K extent of a step of the GEMMs; and with MxFp8
+// (E8M0: byte b is 2^(b - 127), 255 is NaN).
 inline constexpr int64_t kScaleBlock = 128;
+inline constexpr int64_t kMxScaleBlock = 32;
 inline constexpr int64_t kMaxTopK = 32;
 
 // One line a field: everything that a backend has to know of a call. All are int64 so that Python can hand them over
 // as one list. hidden_states_scale_*_stride count elements: [H/128, T] has block stride T and token stride 1.
-// local_expert_offset is used when Buffers::local_expert_offset is null. topk_weights_dtype kNone: topk_ids are packed.
+// weights_scale_rows share a weight scale: 128, with MxFp8 1 or 32. local_expert_offset is used when
+// Buffers::local_expert_offset is null. topk_weights_dtype kNone: topk_ids are packed.
 #define JAX_MOE_PROBLEM_FIELDS(FIELD)     \
   FIELD(num_tokens)                       \
   FIELD(hidden_size)                      \
@@ -37,6 +40,7 @@ inline constexpr int64_t kMaxTopK = 32;
   FIELD(hidden_states_dtype)              \
   FIELD(hidden_states_scale_block_stride) \
   FIELD(hidden_states_scale_token_stride) \
+  FIELD(weights_scale_rows)               \
   FIELD(fp8_quantization_type)            \
   FIELD(activation_type)                  \
   FIELD(weight_layout)                    \
@@ -46,7 +50,8 @@ inline constexpr int64_t kMaxTopK = 32;
 
 // Operands then results, in the order of the XLA custom call. Absent arrays have null data and zero bytes.
 // M = 2I (gated: up rows, then gate rows) or I. Shapes of weights are those of MajorK; BlockMajorK is [L, K/128, rows,
-// 128].
+// 128]. Scales are those of DeepSeekFp8. MxFp8, all E8M0 bytes: hidden_states_scale [T, H/32], strided; weights
+// [L, rows / weights_scale_rows, K/32]; gemm1_activation_scale [I/128, scale_stride(), 4], four where a float32 is.
 #define JAX_MOE_INPUTS(BUFFER)                                                                         \
   BUFFER(topk_ids)            /* int32 [T, K]: packed (id << 16) | bf16, or ids beside topk_weights */ \
   BUFFER(topk_weights)        /* bf16 or f32 [T, K], or absent                                      */ \
@@ -80,9 +85,11 @@ struct Problem {
   bool gated() const {
     return activation_type == int64_t(ActivationType::kSwiglu) || activation_type == int64_t(ActivationType::kGeglu);
   }
+  bool mx() const { return fp8_quantization_type == int64_t(Fp8QuantizationType::kMxFp8); }
+  int64_t scale_block() const { return mx() ? kMxScaleBlock : kScaleBlock; }
   bool block_major_k() const { return weight_layout == int64_t(WeightLayout::kBlockMajorK); }
   int64_t gemm1_rows() const { return gated() ? 2 * intermediate_size : intermediate_size; }  // M
-  // Row stride of float32 scales of permuted rows: TMA wants multiples of 16 bytes.
+  // Row stride of the 4-byte scales of permuted rows: TMA wants multiples of 16 bytes.
   int64_t scale_stride() const { return (expanded_rows() + 3) / 4 * 4; }
 };
 

@@ -27,6 +27,7 @@ inline constexpr int kMaxDecodeExperts = 4096;
 // A large call is routed in at most this many chunks of consecutive expanded indices.
 inline constexpr int kMaxRouteChunks = 128;
 
+// NOTE: with MxFp8 each float of a scale array holds four E8M0 bytes instead, those of its 4 x 32 columns in order.
 struct Workspace {
   uint8_t* x;                             // e4m3 [T, H]       quantised hidden_states (bf16 input only)
   float* x_scale;                         // [T, H/128]        its scales (bf16 input only)
@@ -36,7 +37,6 @@ struct Workspace {
   int32_t* expert_offsets;                // [L + 1]           first permuted row of each local expert
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks]
   int32_t* num_m_blocks;                  // [1]
-  int32_t* tickets;                       // [2]               tiles taken of each GEMM
   MBlock* m_blocks;                       // [T*K/128 + L + 1]
   float* permuted_x_scale;                // [H/128, scale_stride]
   uint8_t* h;      // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output

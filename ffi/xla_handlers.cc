@@ -20,7 +20,10 @@ namespace {
 // The attributes, all i64.
 struct Attributes {
   int64_t num_experts, fp8_quantization_type, activation_type, weight_layout, use_shuffled_weight, do_finalize;
-  int64_t hidden_states_scale_token_major;  // [T, H/128] instead of [H/128, T]
+  int64_t hidden_states_scale_token_major;  // [T, H/128] instead of [H/128, T]; with MxFp8 H/32
+
+  bool block_major_k() const { return weight_layout == int64_t(WeightLayout::kBlockMajorK); }
+  bool mx() const { return fp8_quantization_type == int64_t(Fp8QuantizationType::kMxFp8); }
 };
 
 }  // namespace
@@ -40,7 +43,8 @@ namespace {
 constexpr char kTarget[] = "jax_moe.fp8_block_scale_routed_moe.v1";
 constexpr char kFunction[] = "fp8_block_scale_routed_moe: ";
 
-// What an array must be: one of the element types, and the rank. An optional one may be of shape [0] instead.
+// What an array must be: one of the element types, and the rank. An optional one may be of shape [0] and any type
+// instead.
 enum class Kind { kRequired, kOptional, kWeights };  // weights have one more dimension in BlockMajorK
 struct Type {
   ffi::DataType dtypes[2];  // INVALID where there is one only
@@ -49,7 +53,7 @@ struct Type {
 };
 namespace types {
 constexpr auto S32 = ffi::DataType::S32, F32 = ffi::DataType::F32, BF16 = ffi::DataType::BF16, U8 = ffi::DataType::U8,
-               F8 = ffi::DataType::F8E4M3FN;
+               F8 = ffi::DataType::F8E4M3FN, E8M0 = ffi::DataType::F8E8M0FNU;
 constexpr Type topk_ids{{S32}, 2};
 constexpr Type topk_weights{{BF16, F32}, 2, Kind::kOptional};
 constexpr Type hidden_states{{F8, BF16}, 2};
@@ -82,6 +86,15 @@ constexpr Slot kOperands[] = {JAX_MOE_INPUTS(BUFFER)};
 constexpr Slot kResults[] = {JAX_MOE_OUTPUTS(BUFFER)};
 #undef BUFFER
 
+Type TypeOf(const Slot& slot, bool mx) {
+  if (!mx) return slot.type;
+  const std::string_view name = slot.name;
+  if (name == "hidden_states_scale" || name == "gemm1_weights_scale" || name == "gemm2_weights_scale")
+    return {{types::U8, types::E8M0}, slot.type.rank, slot.type.kind};
+  if (name == "gemm1_activation_scale") return {{types::U8}, 3, slot.type.kind};
+  return slot.type;
+}
+
 template <class... Words>
 ffi::Error Invalid(const Words&... words) {
   std::ostringstream text;
@@ -94,36 +107,37 @@ ffi::Error Invalid(const Words&... words) {
 bool IsAbsent(ffi::AnyBuffer::Dimensions dimensions) { return dimensions.size() == 1 && dimensions[0] == 0; }
 
 // Checks type and rank of one array and writes down where it is.
-ffi::Error Place(const Slot& slot, const ffi::AnyBuffer& array, bool block_major_k, Buffers& buffers) {
-  const Type& type = slot.type;
+ffi::Error Place(const Slot& slot, const ffi::AnyBuffer& array, const Attributes& attributes, Buffers& buffers) {
+  const Type type = TypeOf(slot, attributes.mx());
+  const auto dimensions = array.dimensions();
+  if (type.kind == Kind::kOptional && IsAbsent(dimensions)) return ffi::Error::Success();
   const ffi::DataType dtype = array.element_type(), other = type.dtypes[1];
   if (dtype != type.dtypes[0] && (other == ffi::DataType::INVALID || dtype != other)) {
     if (other != ffi::DataType::INVALID)
       return Invalid(slot.name, " must be of type ", type.dtypes[0], " or ", other, ", got ", dtype);
     return Invalid(slot.name, " must be of type ", type.dtypes[0], ", got ", dtype);
   }
-  const auto dimensions = array.dimensions();
-  const size_t rank = type.rank + (type.kind == Kind::kWeights && block_major_k);
-  if (!(type.kind == Kind::kOptional && IsAbsent(dimensions)) && dimensions.size() != rank)
-    return Invalid(slot.name, " must have ", rank, " dimensions, got ", dimensions.size());
+  const size_t rank = type.rank + (type.kind == Kind::kWeights && attributes.block_major_k());
+  if (dimensions.size() != rank) return Invalid(slot.name, " must have ", rank, " dimensions, got ", dimensions.size());
   if (array.element_count() > 0)
     buffers.*slot.member = {array.untyped_data(), static_cast<int64_t>(array.size_bytes())};
   return ffi::Error::Success();
 }
 
-ffi::Error PlaceAll(ffi::RemainingArgs operands, ffi::RemainingRets results, bool block_major_k, Buffers& buffers) {
+ffi::Error PlaceAll(ffi::RemainingArgs operands, ffi::RemainingRets results, const Attributes& attributes,
+                    Buffers& buffers) {
   if (operands.size() != std::size(kOperands) || results.size() != std::size(kResults))
     return Invalid("the custom call must have ", std::size(kOperands), " operands and ", std::size(kResults),
                    " results, got ", operands.size(), " and ", results.size());
   for (size_t i = 0; i < operands.size(); ++i) {
     const auto array = operands.get<ffi::AnyBuffer>(i);
     if (array.has_error()) return array.error();
-    if (ffi::Error error = Place(kOperands[i], *array, block_major_k, buffers); error.failure()) return error;
+    if (ffi::Error error = Place(kOperands[i], *array, attributes, buffers); error.failure()) return error;
   }
   for (size_t i = 0; i < results.size(); ++i) {
     auto array = results.get<ffi::AnyBuffer>(i);
     if (array.has_error()) return array.error();
-    if (ffi::Error error = Place(kResults[i], **array, block_major_k, buffers); error.failure()) return error;
+    if (ffi::Error error = Place(kResults[i], **array, attributes, buffers); error.failure()) return error;
   }
   return ffi::Error::Success();
 }
@@ -148,6 +162,7 @@ Problem Describe(ffi::RemainingArgs operands, const Attributes& attributes) {
   const ffi::AnyBuffer weights = *operands.get<ffi::AnyBuffer>(Operand("topk_weights"));
   const ffi::AnyBuffer x = *operands.get<ffi::AnyBuffer>(Operand("hidden_states"));
   const ffi::AnyBuffer gemm1 = *operands.get<ffi::AnyBuffer>(Operand("gemm1_weights"));
+  const ffi::AnyBuffer scale = *operands.get<ffi::AnyBuffer>(Operand("gemm1_weights_scale"));
   const ffi::AnyBuffer lora = *operands.get<ffi::AnyBuffer>(Operand("gemm1_lora_delta"));
   const bool token_major = attributes.hidden_states_scale_token_major != 0;
   Problem p;
@@ -159,9 +174,9 @@ Problem Describe(ffi::RemainingArgs operands, const Attributes& attributes) {
   p.local_expert_offset = 0;  // the operand states it
   p.topk_weights_dtype = IsAbsent(weights.dimensions()) ? int64_t(DataType::kNone) : ToDataType(weights.element_type());
   p.hidden_states_dtype = ToDataType(x.element_type());
-  p.hidden_states_scale_block_stride = token_major ? 1 : p.num_tokens;
-  p.hidden_states_scale_token_stride = token_major ? p.hidden_size / kScaleBlock : 1;
   p.fp8_quantization_type = attributes.fp8_quantization_type;
+  p.hidden_states_scale_block_stride = token_major ? 1 : p.num_tokens;
+  p.hidden_states_scale_token_stride = token_major ? p.hidden_size / p.scale_block() : 1;
   p.activation_type = attributes.activation_type;
   p.weight_layout = attributes.weight_layout;
   p.use_shuffled_weight = attributes.use_shuffled_weight;
@@ -169,6 +184,9 @@ Problem Describe(ffi::RemainingArgs operands, const Attributes& attributes) {
   p.do_finalize = attributes.do_finalize;
   const int64_t rows = gemm1.dimensions()[p.block_major_k() ? 2 : 1];
   p.intermediate_size = p.gated() ? rows / 2 : rows;
+  // Division without a rest, or 0, which is refused.
+  const int64_t scale_rows = scale.dimensions()[1];
+  p.weights_scale_rows = scale_rows > 0 && rows % scale_rows == 0 ? rows / scale_rows : 0;
   return p;
 }
 
@@ -177,8 +195,7 @@ template <class Forward>
 ffi::Error Handle(ffi::RemainingArgs operands, ffi::RemainingRets results, const Attributes& attributes,
                   Forward forward) try {
   Buffers buffers;
-  const bool block_major_k = attributes.weight_layout == int64_t(WeightLayout::kBlockMajorK);
-  if (ffi::Error error = PlaceAll(operands, results, block_major_k, buffers); error.failure()) return error;
+  if (ffi::Error error = PlaceAll(operands, results, attributes, buffers); error.failure()) return error;
   const Problem problem = Describe(operands, attributes);
   if (problem.num_tokens == 0) return ffi::Error::Success();
   return ToError(kFunction, forward(problem, buffers));

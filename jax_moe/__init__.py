@@ -13,10 +13,23 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
     from .finalization import finalize
-    from .layout import convert_to_block_layout, shuffle_matrix_a
+    from .layout import (
+        convert_to_block_layout,
+        reorder_rows_for_gated_act_gemm,
+        shuffle_matrix_a,
+        shuffle_matrix_sf_a,
+    )
     from .logits import fp8_block_scale_moe, route
     from .moe import export_checks, fp8_block_scale_routed_moe
-    from .quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
+    from .prepare import prepare_mxfp8_weights
+    from .quantize import (
+        dequantize_activations,
+        dequantize_weights,
+        mxfp8_dequantize,
+        mxfp8_quantize,
+        quantize_activations,
+        quantize_weights,
+    )
     from .routing import pack_topk_ids, unpack_topk_ids
 
 __all__ = [
@@ -32,11 +45,16 @@ __all__ = [
     "finalize",
     "fp8_block_scale_moe",
     "fp8_block_scale_routed_moe",
+    "mxfp8_dequantize",
+    "mxfp8_quantize",
     "pack_topk_ids",
+    "prepare_mxfp8_weights",
     "quantize_activations",
     "quantize_weights",
+    "reorder_rows_for_gated_act_gemm",
     "route",
     "shuffle_matrix_a",
+    "shuffle_matrix_sf_a",
     "unpack_topk_ids",
 ]
 
@@ -44,10 +62,23 @@ __all__ = [
 _HOMES = {
     "enums": ("ActivationType", "Fp8QuantizationType", "RoutingMethodType", "WeightLayout"),
     "finalization": ("finalize",),
-    "layout": ("convert_to_block_layout", "shuffle_matrix_a"),
+    "layout": (
+        "convert_to_block_layout",
+        "reorder_rows_for_gated_act_gemm",
+        "shuffle_matrix_a",
+        "shuffle_matrix_sf_a",
+    ),
     "logits": ("fp8_block_scale_moe", "route"),
     "moe": ("export_checks", "fp8_block_scale_routed_moe"),
-    "quantize": ("dequantize_activations", "dequantize_weights", "quantize_activations", "quantize_weights"),
+    "prepare": ("prepare_mxfp8_weights",),
+    "quantize": (
+        "dequantize_activations",
+        "dequantize_weights",
+        "mxfp8_dequantize",
+        "mxfp8_quantize",
+        "quantize_activations",
+        "quantize_weights",
+    ),
     "routing": ("pack_topk_ids", "unpack_topk_ids"),
 }
 

@@ -34,7 +34,7 @@ class WeightLayout(enum.IntEnum):
 
 
 class Fp8QuantizationType(enum.IntEnum):
-    """DeepSeekFp8: float32 scales, 1x128 for activations and 128x128 for weights. MxFp8: UE8M0 scales, 1x32."""
+    """DeepSeekFp8: float32 scales, 1x128 for activations and 128x128 for weights. MxFp8: E8M0 scales, 1x32."""
 
     NoneFp8 = 0
     DeepSeekFp8 = 1

@@ -95,7 +95,7 @@ def fp8_block_scale_moe(
     gemm1_alpha: ArrayLike | None = None,
     gemm1_beta: ArrayLike | None = None,
     gemm1_clamp_limit: ArrayLike | None = None,
-    hidden_states_scale_order: str = "block_major",
+    hidden_states_scale_order: str | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """A mixture-of-experts layer on FP8 weights with block scales, from the router's logits: `route`, then
     `fp8_block_scale_routed_moe` with its ids and float32 weights.

@@ -19,7 +19,7 @@ from .options import Options
 from .problem import Array
 from .xla_call import BY_TOKEN, FUNCTION, Call
 
-SCALE_ORDERS = ("block_major", "token_major")
+SCALE_ORDERS = (None, "block_major", "token_major")
 
 
 def fp8_block_scale_routed_moe(
@@ -46,16 +46,16 @@ def fp8_block_scale_routed_moe(
     gemm1_alpha: ArrayLike | None = None,
     gemm1_beta: ArrayLike | None = None,
     gemm1_clamp_limit: ArrayLike | None = None,
-    hidden_states_scale_order: str = "block_major",
+    hidden_states_scale_order: str | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """A mixture-of-experts layer on FP8 weights with block scales, for tokens that are routed already.
 
-    The function is FlashInfer's `trtllm_fp8_block_scale_routed_moe` (DeepSeekFp8): for every token t, the sum over its
-    slots k of weight[t, k] x expert(t, k), where an expert is gemm2 . activation . gemm1. Sizes: num_tokens T, top_k K,
+    The function is FlashInfer's `trtllm_fp8_block_scale_routed_moe`: for every token t, the sum over its slots k of
+    weight[t, k] x expert(t, k), where an expert is gemm2 . activation . gemm1. Sizes: num_tokens T, top_k K,
     hidden_size H and intermediate_size I (both multiples of 128), local experts L (those held here), rows of
     gemm1_weights M: 2I with a gated activation (Swiglu, Geglu), I with another (Relu2, Identity).
 
-    Arrays, of exactly these types (nothing is cast):
+    Arrays, of exactly these types (nothing is cast); scales are those of DeepSeekFp8, see below for MxFp8:
       topk_ids               int32 [T, K], expert id and weight packed by `pack_topk_ids`; or a pair of ids int32 [T, K]
                              and weights bfloat16 or float32 [T, K], which are used as they are. A slot whose id is not
                              in [local_expert_offset, local_expert_offset + L) contributes nothing; -1 is padding.
@@ -69,26 +69,37 @@ def fp8_block_scale_routed_moe(
       gemm2_weights          float8_e4m3fn [L, H, I].
       gemm2_weights_scale    float32 [L, H/128, I/128].
 
+    With fp8_quantization_type MxFp8 scales are E8M0 bytes, uint8 or float8_e8m0fnu (byte b is 2^(b-127), 255 is NaN),
+    one for each 32 columns (see `mxfp8_quantize`):
+      hidden_states_scale    [T, H/32], or [H/32, T] with hidden_states_scale_order="block_major".
+      gemm1_weights_scale    [L, M, H/32], or one for each 32x32 block, [L, M/32, H/32].
+      gemm2_weights_scale    [L, H, I/32], or [L, H/32, I/32]; of both weights the same.
+    On a GPU this version runs DeepSeekFp8 only: `prepare_mxfp8_weights` makes such weights of those of MxFp8.
+
     Options:
       num_experts            number of experts in the whole layer, K..32767.
       local_expert_offset    id of the first local expert: an integer, or an int32 scalar array known on the device only
                              (in shard_map: `jax.lax.axis_index(axis) * L`; sum the outputs with `jax.lax.psum`).
-      use_shuffled_weight    True: the rows of both weights are in the order of `shuffle_matrix_a(weights, 64)`.
+      use_shuffled_weight    True: the rows of both weights are in the order of `shuffle_matrix_a(weights, 64)`. With
+                             MxFp8 in that of `shuffle_matrix_a(weights, 128)`, before which gated gemm1_weights went
+                             through `reorder_rows_for_gated_act_gemm`; their scales did too, and then through
+                             `shuffle_matrix_sf_a(scales, 128)`. Scales for 32x32 or 128x128 blocks stay as they are.
       weight_layout          MajorK (0), the shapes above, or BlockMajorK (2): [L, H/128, M, 128] and [L, I/128, H,
                              128], `convert_to_block_layout(weights, 128)` of plain or of shuffled weights. Scales are
-                             the same in every order.
+                             the same in every order. MxFp8 has MajorK only.
       do_finalize            True returns the output; False returns the rows before they are weighted and summed.
       gemm1_lora_delta       bfloat16 [T, K, M]: added to what gemm1 gives for slot k of token t, before the activation.
                              Its columns are in the plain order of gemm1_weights' rows, shuffled or not.
+      fp8_quantization_type  DeepSeekFp8 (1) or MxFp8 (2).
       activation_type        Swiglu: up x silu(gate). Geglu: up x gelu(gate), the exact one. Relu2: max(x, 0)^2.
                              Identity: x.
       gemm1_alpha, gemm1_beta, gemm1_clamp_limit
                              float32 [L] each, for Swiglu: gate x sigmoid(alpha gate) x (up + beta), after gate is
                              clamped to at most limit and up to [-limit, limit]. None: 1, 0 and no clamp.
-      hidden_states_scale_order  "block_major" or "token_major", the order of hidden_states_scale.
+      hidden_states_scale_order  "block_major" or "token_major", the order of hidden_states_scale. None is "block_major"
+                             with DeepSeekFp8 and "token_major" with MxFp8.
       n_group, topk_group, routing_method_type, routed_scaling_factor describe how topk_ids were computed. They are
                              checked against each other and change nothing: the given weights are used as they are.
-      fp8_quantization_type  DeepSeekFp8, the one of this version.
 
     Returns, with do_finalize and without gemm1_lora_delta, the output, bfloat16 [T, H]; else a tuple of
       output                        with do_finalize,
@@ -99,6 +110,7 @@ def fp8_block_scale_routed_moe(
       gemm1_activation_output       with gemm1_lora_delta: uint8 [T*K, I], bits of the activation's float8_e4m3fn codes,
       gemm1_activation_scale        with gemm1_lora_delta: float32 [I/128, T*K rounded up to a multiple of 4]: element
                                     (row, i) is code [row, i] x scale [i // 128, row]. Other columns are undefined.
+                                    MxFp8: uint8 [I/128, likewise, 4], E8M0 bytes: scale [i // 128, row, i % 128 // 32].
 
     Works under jit, scan, vmap (over tokens, for the output alone, it stays one call; else it becomes a loop),
     shard_map, export with a symbolic T (which JAX takes to be at least 1), and on T = 0. A token's result does not
@@ -108,7 +120,7 @@ def fp8_block_scale_routed_moe(
     version does not have, differentiation among it.
     """
     if hidden_states_scale_order not in SCALE_ORDERS:
-        expected = " or ".join(map(repr, SCALE_ORDERS))
+        expected = "None, 'block_major' or 'token_major'"
         raise ValueError(f"{FUNCTION}: hidden_states_scale_order must be {expected}, got {hidden_states_scale_order!r}")
     options = Options.parse(
         FUNCTION,
@@ -137,7 +149,8 @@ def fp8_block_scale_routed_moe(
     }
     given = {name: value for name, value in arguments.items() if value is not None}
     offset = _known_offset(local_expert_offset)
-    call = Call(num_experts, options, hidden_states_scale_order == "token_major")
+    token_major = options.is_mx if hidden_states_scale_order is None else hidden_states_scale_order == "token_major"
+    call = Call(num_experts, options, token_major)
     call.problem({name: _describe(name, value) for name, value in given.items()}, offset)
     results = call.results(given | {"local_expert_offset": local_expert_offset if offset is None else np.int32(offset)})
     return results[0] if len(results) == 1 else results

@@ -43,7 +43,7 @@ class Options:
         topk_group: int | None = None,
         routed_scaling_factor: float | None = None,
     ) -> Options:
-        """Raises ValueError for what the contract forbids and NotImplementedError for what this build lacks."""
+        """Raises ValueError for what the contract forbids."""
         options = Options(
             parse_enum(function, "routing_method_type", RoutingMethodType, routing_method_type),
             _flag(function, "use_shuffled_weight", use_shuffled_weight),
@@ -64,11 +64,12 @@ class Options:
             raise invalid(function, "fp8_quantization_type", "DeepSeekFp8 (1) or MxFp8 (2)", "NoneFp8 (0)")
         if self.weight_layout is WeightLayout.MajorMn:
             raise invalid(function, "weight_layout", "MajorK (0) or BlockMajorK (2)", "MajorMn (1)")
-        if self.fp8_quantization_type is Fp8QuantizationType.MxFp8:
-            raise NotImplementedError(
-                f"{function}: fp8_quantization_type must be DeepSeekFp8 (1), the one that this version supports, got "
-                "MxFp8 (2)"
-            )
+        if self.is_mx and self.weight_layout is not WeightLayout.MajorK:
+            raise invalid(function, "weight_layout", "MajorK (0) with MxFp8", "BlockMajorK (2)")
+
+    @property
+    def is_mx(self) -> bool:
+        return self.fp8_quantization_type is Fp8QuantizationType.MxFp8
 
     @property
     def is_gated(self) -> bool:

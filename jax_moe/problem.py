@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from .enums import ActivationType, DataType, Fp8QuantizationType, WeightLayout
 from .options import GATED, Options, invalid, is_int
 
-SCALE_BLOCK = 128
+SCALE_BLOCK = 128  # columns that share a scale with DeepSeekFp8
+MX_SCALE_BLOCK = 32  # with MxFp8; rows too where the scales of weights are a 32x32 grid
 MAX_TOP_K = 32
 MAX_NUM_EXPERTS = 32767  # a packed id is an int16
 ROW_LIMIT = 2**31 - 1024  # rows are numbered in int32 (ffi/check.cc)
@@ -45,7 +46,9 @@ OUTPUTS = (
 )
 PER_EXPERT = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")  # float32 [L], each optional
 
+SCALES = ("hidden_states_scale", "gemm1_weights_scale", "gemm2_weights_scale")
 FLOAT8 = "float8_e4m3fn"
+E8M0 = "float8_e8m0fnu"  # of the scales of MxFp8, which may come as uint8 too
 DTYPES = {"float32": DataType.FLOAT32, "bfloat16": DataType.BFLOAT16, FLOAT8: DataType.FLOAT8_E4M3}
 
 
@@ -74,6 +77,7 @@ class Problem:
     hidden_states_dtype: DataType
     hidden_states_scale_block_stride: Any
     hidden_states_scale_token_stride: Any
+    weights_scale_rows: int
     fp8_quantization_type: Fp8QuantizationType
     activation_type: ActivationType
     weight_layout: WeightLayout
@@ -89,14 +93,15 @@ class Problem:
         *,
         num_experts: int,
         local_expert_offset: int | None = 0,
-        scale_is_token_major: bool = False,
+        scale_is_token_major: bool | None = False,
         scale_strides: tuple[Any, Any] | None = None,
         declared: Mapping[str, int] | None = None,
     ) -> Problem:
         """The problem that `arrays` (by the names of INPUTS) and `options` state, checked completely.
 
         local_expert_offset None means that it is known on the device only. scale_is_token_major says that
-        hidden_states_scale is [T, H/128] instead of [H/128, T]; scale_strides overrides its (block, token) strides.
+        hidden_states_scale is [T, H/128] instead of [H/128, T]; None lets its shape decide with MxFp8, where both are
+        taken and a square one is [T, H/32]. scale_strides are the strides of its dimensions unless it is contiguous.
         `declared` are sizes the caller stated in words (top_k, intermediate_size, local_num_experts): they must match.
         """
         ids = _array(function, arrays, "topk_ids", 2, ("int32",), "[num_tokens, top_k]")
@@ -113,7 +118,12 @@ class Problem:
             halves = " in both halves of the rows" if options.is_gated else ""
             expected = _multiple("intermediate_size", inter) + halves
             raise invalid(function, "gemm1_weights", expected, arrays["gemm1_weights"])
-        strides = scale_strides or ((1, hidden // SCALE_BLOCK) if scale_is_token_major else (tokens, 1))
+        blocks = hidden // (MX_SCALE_BLOCK if options.is_mx else SCALE_BLOCK)
+        if scale_is_token_major is None:
+            scale_is_token_major = options.is_mx and not _is_block_major(arrays, tokens, blocks)
+        block_stride, token_stride = scale_strides or ((blocks, 1) if scale_is_token_major else (tokens, 1))
+        if scale_is_token_major:
+            block_stride, token_stride = token_stride, block_stride
         weights = arrays.get("topk_weights")
         if weights is not None:
             _array(function, arrays, "topk_weights", 2, ("bfloat16", "float32"), "[num_tokens, top_k]")
@@ -127,7 +137,9 @@ class Problem:
             int(local_expert_offset) if is_int(local_expert_offset) else 0,
             DataType.NONE if weights is None else DTYPES[weights.dtype],
             DTYPES[x.dtype],
-            *strides,
+            block_stride,
+            token_stride,
+            _weights_scale_rows(arrays, rows) if options.is_mx else SCALE_BLOCK,
             options.fp8_quantization_type,
             options.activation_type,
             options.weight_layout,
@@ -177,19 +189,36 @@ class Problem:
             elif given is None:
                 if name not in PER_EXPERT:
                     hint = " (or pass hidden_states in bfloat16)" if name == "hidden_states_scale" else ""
-                    raise invalid(function, name, f"{expected}{hint}", None)
-            elif given.dtype != expected.dtype or tuple(given.shape) != tuple(expected.shape):
-                raise invalid(function, name, str(expected), f"{given}{self._hint(name, given, expected)}")
+                    raise invalid(function, name, f"{self._in_words(name, expected)}{hint}", None)
+            elif not self._has_dtype(name, given, expected) or tuple(given.shape) != tuple(expected.shape):
+                got = f"{given}{self._hint(name, given, expected, token_major)}"
+                raise invalid(function, name, self._in_words(name, expected), got)
+
+    def _has_dtype(self, name: str, given: Array, expected: Array) -> bool:
+        return given.dtype == expected.dtype or (self.is_mx and name in SCALES and given.dtype == E8M0)
+
+    def _in_words(self, name: str, expected: Array) -> str:
+        """What an array must be, with what a scale of MxFp8 may be besides."""
+        if not self.is_mx or name not in SCALES:
+            return str(expected)
+        if name == "gemm1_weights_scale":
+            experts, _, blocks = expected.shape
+            shapes = ((experts, rows, blocks) for rows in (self.gemm1_rows, self.gemm1_rows // MX_SCALE_BLOCK))
+            return f"{' or '.join(str(Array(shape, 'uint8')) for shape in shapes)} (or as {E8M0})"
+        return f"{expected} (or as {E8M0})"
 
     def _reason_for_none(self, name: str) -> str:
         if name in PER_EXPERT:
             return self.activation_type.name
         return "bfloat16 hidden_states (quantised in the call)"
 
-    def _hint(self, name: str, given: Array, expected: Array) -> str:
+    def _hint(self, name: str, given: Array, expected: Array, token_major: bool) -> str:
         """The next step where a shape is a likely slip."""
         if name == "hidden_states_scale" and tuple(given.shape) == tuple(reversed(expected.shape)):
-            return "; transpose it, or say hidden_states_scale_order='token_major' in JAX"
+            order = "block_major" if token_major else "token_major"
+            return f"; transpose it, or say hidden_states_scale_order='{order}' in JAX"
+        if name == "gemm2_weights_scale" and self.is_mx:
+            return f"; gemm1_weights_scale has one for each {self.weights_scale_rows}x{MX_SCALE_BLOCK}"
         if name == "gemm1_weights":
             return f"; hidden_states has hidden_size {self.hidden_size}"
         return self._rows_in_words() if name == "gemm2_weights" and given.dtype == expected.dtype else ""
@@ -207,6 +236,10 @@ class Problem:
         return self.activation_type in GATED
 
     @property
+    def is_mx(self) -> bool:
+        return self.fp8_quantization_type is Fp8QuantizationType.MxFp8
+
+    @property
     def gemm1_rows(self) -> int:
         return 2 * self.intermediate_size if self.is_gated else self.intermediate_size
 
@@ -216,8 +249,10 @@ class Problem:
         The PER_EXPERT arrays of Swiglu are listed although each may be left out.
         """
         tokens, hidden, inter, local = self.num_tokens, self.hidden_size, self.intermediate_size, self.local_num_experts
-        rows, block = self.gemm1_rows, SCALE_BLOCK
-        bf16 = self.hidden_states_are_bf16
+        rows, scale_rows, block = self.gemm1_rows, self.weights_scale_rows, SCALE_BLOCK
+        bf16, scale_dtype = self.hidden_states_are_bf16, "float32"
+        if self.is_mx:
+            block, scale_dtype = MX_SCALE_BLOCK, "uint8"
         scale_shape = (tokens, hidden // block) if scale_is_token_major else (hidden // block, tokens)
         weights = None if self.topk_weights_dtype is DataType.NONE else self.topk_weights_dtype.name.lower()
         per_expert = Array((local,), "float32") if self.activation_type is ActivationType.Swiglu else None
@@ -225,11 +260,11 @@ class Problem:
             "topk_ids": Array((tokens, self.top_k), "int32"),
             "topk_weights": Array((tokens, self.top_k), weights) if weights else None,
             "hidden_states": Array((tokens, hidden), "bfloat16" if bf16 else FLOAT8),
-            "hidden_states_scale": None if bf16 else Array(scale_shape, "float32"),
+            "hidden_states_scale": None if bf16 else Array(scale_shape, scale_dtype),
             "gemm1_weights": self._weights(rows, hidden),
-            "gemm1_weights_scale": Array((local, rows // block, hidden // block), "float32"),
+            "gemm1_weights_scale": Array((local, rows // scale_rows, hidden // block), scale_dtype),
             "gemm2_weights": self._weights(hidden, inter),
-            "gemm2_weights_scale": Array((local, hidden // block, inter // block), "float32"),
+            "gemm2_weights_scale": Array((local, hidden // scale_rows, inter // block), scale_dtype),
             "gemm1_lora_delta": Array((tokens, self.top_k, rows), "bfloat16") if self.has_gemm1_lora_delta else None,
             **{name: per_expert for name in PER_EXPERT},
         }
@@ -244,13 +279,16 @@ class Problem:
         tokens, top_k, hidden, inter = self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size
         rows, final, lora = tokens * top_k, self.do_finalize, self.has_gemm1_lora_delta
         packed = self.topk_weights_dtype is DataType.NONE
+        scale = Array((inter // SCALE_BLOCK, (rows + 3) // 4 * 4), "float32")
+        if self.is_mx:  # four E8M0 bytes where a float32 would be
+            scale = Array((*scale.shape, SCALE_BLOCK // MX_SCALE_BLOCK), "uint8")
         return {
             "output": Array((tokens, hidden), "bfloat16") if final else None,
             "gemm2_output": None if final else Array((rows, hidden), "bfloat16"),
             "expert_weights": Array((tokens, top_k), "bfloat16") if packed and not final else None,
             "expanded_idx_to_permuted_idx": None if final and not lora else Array((rows,), "int32"),
             "gemm1_activation_output": Array((rows, inter), "uint8") if lora else None,
-            "gemm1_activation_scale": Array((inter // SCALE_BLOCK, (rows + 3) // 4 * 4), "float32") if lora else None,
+            "gemm1_activation_scale": scale if lora else None,
         }
 
     def returned(self) -> tuple[str, ...]:
@@ -296,6 +334,20 @@ def _weight_rows(function: str, arrays: Mapping[str, Array | None], options: Opt
         return gemm1.shape[0], gemm1.shape[2]
     gemm1 = _array(function, arrays, "gemm1_weights", 3, (FLOAT8,), f"[experts, {rows}, hidden_size] with MajorK")
     return gemm1.shape[0], gemm1.shape[1]
+
+
+def _is_block_major(arrays: Mapping[str, Array | None], tokens: Any, blocks: int) -> bool:
+    """Whether hidden_states_scale is [blocks, tokens] and not [tokens, blocks]."""
+    scale = arrays.get("hidden_states_scale")
+    shape = None if scale is None else tuple(scale.shape)
+    return shape != (tokens, blocks) and shape == (blocks, tokens)
+
+
+def _weights_scale_rows(arrays: Mapping[str, Array | None], rows: int) -> int:
+    """Rows that share a weight scale with MxFp8, by the shape of gemm1_weights_scale: 32 or else 1."""
+    scale = arrays.get("gemm1_weights_scale")
+    is_grid = scale is not None and len(scale.shape) == 3 and scale.shape[1] == rows // MX_SCALE_BLOCK
+    return MX_SCALE_BLOCK if is_grid else 1
 
 
 def _multiple(size: str, value: int) -> str:

@@ -1,7 +1,8 @@
-"""Quantisers of the DeepSeekFp8 format: float8_e4m3fn codes with float32 scales, value = code x scale.
+"""Quantisers: float8_e4m3fn codes under scales, value = code x scale, codes to nearest even, saturating.
 
-Activations share a scale per 1x128 (one token, 128 columns), weights per 128x128. One rule for both:
-scale = max(largest magnitude / 448, smallest normal float32), code = e4m3(value / scale), to nearest even, saturating.
+DeepSeekFp8: scales are float32, one per 1x128 (one token, 128 columns) of activations and per 128x128 of weights,
+max(largest magnitude / 448, smallest normal float32). MxFp8: scales are powers of two as E8M0 bytes, one per 1x32, the
+smallest that is at least largest magnitude / 448.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from .problem import SCALE_BLOCK
+from . import layout
+from .problem import E8M0, MX_SCALE_BLOCK, SCALE_BLOCK
 
 E4M3_MAX = 448.0
 MIN_SCALE = 1.17549435e-38  # smallest normal float32
 SMALLEST_NORMAL_E4M3 = 2.0**-6  # below it, codes are 2^-9 apart
 SMALL = 2.0**-64  # float32 below it is scaled up before its remainders are taken
+MX_NAN = 255  # the E8M0 byte
 
 
 def quantize_activations(x: ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -84,12 +87,94 @@ def dequantize_weights(codes: ArrayLike, scale: ArrayLike) -> jax.Array:
     return codes.astype(jnp.float32) * jnp.repeat(jnp.repeat(scale, SCALE_BLOCK, axis=-2), SCALE_BLOCK, axis=-1)
 
 
+def mxfp8_quantize(x: ArrayLike, is_sf_swizzled_layout: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Activations or weights in the MxFp8 format.
+
+    x: float32, bfloat16 or float16 [..., rows, columns], columns a multiple of 32.
+    Returns (float8_e4m3fn [..., rows, columns], uint8 scale), E8M0 bytes b for 2^(b-127). The scale is
+    [..., rows, columns/32], or with is_sf_swizzled_layout that padded with zeros to multiples of 128 rows and 4
+    columns, in the 128x4 order, flat: [..., bytes]. The function of the op takes the plain one of hidden_states, and of
+    weights the plain one or what `shuffle_matrix_sf_a` makes of it.
+    A NaN stays NaN and leaves its block's scale alone; an infinity makes its whole block NaN, the scale (255) too; a
+    block of zeros has scale 0. XLA takes magnitudes below 1.18e-38 (denormal numbers) for zeros on CPUs.
+    Raises ValueError for another dtype, rank or number of columns.
+    """
+    x = _floats("mxfp8_quantize", "x", x)
+    if x.ndim < 2 or x.shape[-1] % MX_SCALE_BLOCK:
+        raise ValueError(
+            f"mxfp8_quantize: x must be [..., rows, columns] with columns a multiple of {MX_SCALE_BLOCK} (pad with "
+            f"zeros), got {list(x.shape)}"
+        )
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // MX_SCALE_BLOCK, MX_SCALE_BLOCK)
+    amax = jnp.max(jnp.where(jnp.isnan(blocks), 0.0, jnp.abs(blocks)), axis=-1, initial=0.0)
+    scale = jnp.where(jnp.isinf(amax), MX_NAN, jnp.maximum(mx_exponent(amax) + 127, 0))
+    inverse = jnp.where(scale == MX_NAN, jnp.nan, power_of_two(127 - scale))
+    codes = to_e4m3(blocks * inverse[..., None]).reshape(x.shape)
+    scale = scale.astype(jnp.uint8)
+    return codes, _swizzled(scale) if is_sf_swizzled_layout else scale
+
+
+def mxfp8_dequantize(codes: ArrayLike, scale: ArrayLike, is_sf_swizzled_layout: bool = True) -> jax.Array:
+    """float8_e4m3fn [..., rows, columns] and E8M0 scale (uint8 or float8_e8m0fnu) -> their float32 values.
+
+    The scale is as `mxfp8_quantize` returns it; the plain one may also be [..., rows/32, columns/32], one for 32x32.
+    Raises ValueError for other dtypes or shapes.
+    """
+    codes, scale = _mx_codes("mxfp8_dequantize", codes, scale)
+    *lead, rows, columns = codes.shape if codes.ndim >= 2 else (0, 0)
+    blocks = columns // MX_SCALE_BLOCK
+    shapes = [(*lead, rows, blocks)]
+    if rows % MX_SCALE_BLOCK == 0:
+        shapes.append((*lead, rows // MX_SCALE_BLOCK, blocks))
+    if is_sf_swizzled_layout:
+        shapes = [(*lead, _padded(rows, layout.SCALE_ROWS) * _padded(blocks, layout.SCALE_COLUMNS))]
+    if codes.ndim < 2 or columns % MX_SCALE_BLOCK or scale.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(
+            f"mxfp8_dequantize: scale must be {expected} for codes {list(codes.shape)} (columns a multiple of "
+            f"{MX_SCALE_BLOCK}), got {list(scale.shape)}"
+        )
+    if is_sf_swizzled_layout:
+        tiles = (*lead, _padded(rows, layout.SCALE_ROWS), _padded(blocks, layout.SCALE_COLUMNS))
+        scale = layout.deinterleave_scales(scale.reshape(tiles))[..., :rows, :blocks]
+    elif scale.shape != shapes[0]:
+        scale = jnp.repeat(scale, MX_SCALE_BLOCK, axis=-2)
+    exponent = jnp.repeat(scale.astype(jnp.int32) - 127, MX_SCALE_BLOCK, axis=-1)
+    half = exponent >> 1  # NOTE: 2^-127 at once is denormal, a zero for XLA on CPUs
+    values = codes.astype(jnp.float32) * power_of_two(half) * power_of_two(exponent - half)
+    return jnp.where(exponent == MX_NAN - 127, jnp.nan, values)
+
+
+def mx_exponent(amax: jax.Array) -> jax.Array:
+    """The smallest e with amax <= 448 x 2^e, for finite normal float32 amax; of zero it is below -127. int32."""
+    bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
+    # amax = 1.m x 2^k, and 448 = 1.75 x 2^8.
+    return (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """2^exponent in float32, for int32 exponents from -126 to 127."""
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _swizzled(scale: jax.Array) -> jax.Array:
+    """[..., rows, columns] padded and in the 128x4 order, flat."""
+    *lead, rows, columns = scale.shape
+    more = (_padded(rows, layout.SCALE_ROWS) - rows, _padded(columns, layout.SCALE_COLUMNS) - columns)
+    padded = jnp.pad(scale, [*((0, 0) for _ in lead), (0, more[0]), (0, more[1])])
+    return layout.interleave_scales(padded).reshape(*lead, padded.shape[-2] * padded.shape[-1])
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
 def _quantize_blocks(blocks: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Codes of `blocks`, whose `axes` share a scale, and those scales with `axes` kept as 1."""
     blocks = blocks.astype(jnp.float32)
     amax = jnp.max(jnp.where(jnp.isnan(blocks), 0.0, jnp.abs(blocks)), axis=axes, keepdims=True, initial=0.0)
     scale = jnp.maximum(_divided_by_448(amax), MIN_SCALE)
-    return _to_e4m3(_quotient_between_codes(blocks, scale)), scale
+    return to_e4m3(_quotient_between_codes(blocks, scale)), scale
 
 
 # NOTE: XLA's quotient is not the correctly rounded one: it multiplies with reciprocals, and divides approximately on a
@@ -140,7 +225,7 @@ def _keep_bits(x: jax.Array, count: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _to_e4m3(x: jax.Array) -> jax.Array:
+def to_e4m3(x: jax.Array) -> jax.Array:
     """float32 -> float8_e4m3fn, to nearest even, saturating, NaN stays NaN.
 
     Rounded before the conversion, so that whatever type a backend converts through cannot round a second time.
@@ -169,6 +254,17 @@ def _codes(function: str, codes: ArrayLike, scale: ArrayLike) -> tuple[jax.Array
                 f"{function}: {argument} must be {jnp.dtype(expected).name}, got {dtype or type(value).__name__}"
             )
     return jnp.asarray(codes), jnp.asarray(scale)
+
+
+def _mx_codes(function: str, codes: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Both as arrays, the scale as uint8."""
+    dtype = getattr(codes, "dtype", None)
+    if dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"{function}: codes must be float8_e4m3fn, got {dtype or type(codes).__name__}")
+    dtype = getattr(scale, "dtype", None)
+    if dtype not in (jnp.uint8, jnp.float8_e8m0fnu):
+        raise ValueError(f"{function}: scale must be uint8 or {E8M0}, got {dtype or type(scale).__name__}")
+    return jnp.asarray(codes), jax.lax.bitcast_convert_type(jnp.asarray(scale), jnp.uint8)
 
 
 def _shape_error(function: str, argument: str, shape: str, sizes: str, value: jax.Array) -> ValueError:

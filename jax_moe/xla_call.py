@@ -21,7 +21,7 @@ from .problem import INPUTS, OUTPUTS, PER_EXPERT, Array, Problem
 FUNCTION = "fp8_block_scale_routed_moe"
 # What a batch over tokens is made of. The tokens come first, but in hidden_states_scale of block-major order.
 BY_TOKEN = ("topk_ids", "topk_weights", "hidden_states", "hidden_states_scale", "gemm1_lora_delta")
-# Element types of the operands and results that a call may do without: it then has empty ones, [0], of these types.
+# Element types of the operands and results that a call may do without: it then has empty ones, [0]. Any types would do.
 ABSENT = {
     **dict.fromkeys(("topk_weights", "hidden_states_scale", *PER_EXPERT, "gemm1_activation_scale"), "float32"),
     **dict.fromkeys(("gemm1_lora_delta", "output", "gemm2_output", "expert_weights"), "bfloat16"),

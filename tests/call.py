@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from jax_moe import native
 from jax_moe.problem import INPUTS, OUTPUTS, Problem
 
-# Buffers that may start at any multiple of their element; the others start at multiples of 16 bytes.
+# Buffers that may start at any multiple of their element; the others, and MxFp8's scales of weights, start at multiples
+# of 16 bytes.
 ALIGNED_TO_ELEMENTS = frozenset(
     "topk_ids topk_weights hidden_states_scale gemm1_weights_scale gemm2_weights_scale gemm1_alpha gemm1_beta "
     "gemm1_clamp_limit local_expert_offset expert_weights expanded_idx_to_permuted_idx workspace".split()
@@ -100,6 +101,7 @@ class Call:
         ]
 
     def _block(self, name: str, nbytes: int, item: int, guard: int) -> Block:
-        self.alignment[name] = item if name in ALIGNED_TO_ELEMENTS else 16
+        any_place = name in ALIGNED_TO_ELEMENTS and not (self.case.mx and name.endswith("weights_scale"))
+        self.alignment[name] = item if any_place else 16
         shift = self.alignment[name] if self.odd else 0
         return Block(self.memory, nbytes, shift, guard if self.watched else None)

@@ -11,16 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import inputs
-import ml_dtypes
 import numpy as np
 import pairwise
 import routings
-from extremes import EXTREMES
+from extremes import EXTREMES, MX_EXTREMES
 from numpy.typing import NDArray
 
 from jax_moe import reference
-from jax_moe.enums import ActivationType, WeightLayout
-from jax_moe.problem import FLOAT8, Array, Options, Problem
+from jax_moe.enums import ActivationType, Fp8QuantizationType, WeightLayout
+from jax_moe.problem import E8M0, FLOAT8, Array, Options, Problem
 from jax_moe.shapes import SHAPES
 
 Arrays = dict[str, NDArray | None]
@@ -40,7 +39,7 @@ class Case:
     routing: str = "uniform"  # routings.ROUTINGS
     weights: str = "positive"  # or "signed": the routing weights
     x_dtype: str = FLOAT8  # or "bfloat16"
-    scale_order: str = "block_major"  # or "token_major", "padded"
+    scale_order: str = "block_major"  # or "token_major", "padded"; of MxFp8 "padded" is token-major too
     do_finalize: bool = True
     topk_weights: str = "packed"  # or "bfloat16", "float32": apart from the ids
     activation: ActivationType = ActivationType.Swiglu
@@ -51,6 +50,9 @@ class Case:
     extreme: str = "none"  # extremes.EXTREMES
     size: str = "small"
     seed: int = 0
+    quantization: Fp8QuantizationType = Fp8QuantizationType.DeepSeekFp8
+    scale_rows: int = 1  # of MxFp8: rows that share a weight scale, or 32
+    scale_dtype: str = "uint8"  # of MxFp8, or E8M0
 
     @property
     def offset(self) -> int:
@@ -61,9 +63,21 @@ class Case:
         return self.window[1] if self.window else self.experts
 
     @property
+    def gated(self) -> bool:
+        return self.activation in (ActivationType.Swiglu, ActivationType.Geglu)
+
+    @property
     def gemm1_rows(self) -> int:
-        gated = self.activation in (ActivationType.Swiglu, ActivationType.Geglu)
-        return 2 * self.inter if gated else self.inter
+        return 2 * self.inter if self.gated else self.inter
+
+    @property
+    def mx(self) -> bool:
+        return self.quantization is Fp8QuantizationType.MxFp8
+
+    @property
+    def scale_is_token_major(self) -> bool:
+        """Of the array's shape: that of DeepSeekFp8 is [H/128, T] in any order of memory."""
+        return self.mx and self.scale_order != "block_major"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -73,6 +87,7 @@ class Case:
             "activation_type": self.activation,
             "weight_layout": self.weight_layout,
             "use_shuffled_weight": self.shuffled,
+            "fp8_quantization_type": self.quantization,
         }
 
 
@@ -180,13 +195,19 @@ def _option_cases() -> list[Case]:
         Case("lora_identity_one_expert", 300, 128, 128, 4, 1, routing="one_expert", lora=True, **OPTIONS["identity"]),
     ]
     for number, row in enumerate(pairwise.rows([len(factor) for factor in FACTORS])):
-        chosen = [list(factor.items())[choice] for factor, choice in zip(FACTORS, row, strict=True)]
-        changes: dict[str, Any] = {"experts": 16, "top_k": 4, "weights": "signed", "seed": number % 3}
-        for _, change in chosen:
-            changes |= change
-        name = "_".join(label for label, _ in chosen if label)
-        cases.append(Case(f"pair_{name}", **changes))
+        changes, name = _chosen(FACTORS, row)
+        common: dict[str, Any] = {"experts": 16, "top_k": 4, "weights": "signed", "seed": number % 3}
+        cases.append(Case(f"pair_{name}", **common | changes))
     return cases
+
+
+def _chosen(factors: tuple[dict[str, dict[str, Any]], ...], row: tuple[int, ...]) -> tuple[dict[str, Any], str]:
+    """What a row of choices changes, and its name."""
+    chosen = [list(factor.items())[choice] for factor, choice in zip(factors, row, strict=True)]
+    changes: dict[str, Any] = {}
+    for _, change in chosen:
+        changes |= change
+    return changes, "_".join(label for label, _ in chosen if label)
 
 
 def _extreme_cases() -> list[Case]:
@@ -204,6 +225,56 @@ def _extreme_cases() -> list[Case]:
         Case("extreme_zero_x_bf16", 33, 256, 256, 8, 3, x_dtype="bfloat16", extreme="zero_x"),
         Case("extreme_nan_x_unfinalized", 33, 256, 256, 8, 3, extreme="nan_x", do_finalize=False),
     ]
+    return cases
+
+
+MX: dict[str, Any] = {"quantization": Fp8QuantizationType.MxFp8, "scale_order": "token_major"}
+GRID: dict[str, Any] = {"scale_rows": 32}
+MX_OPTIONS: dict[str, dict[str, Any]] = {
+    "mx": MX,
+    "mx_grid": MX | GRID,
+    "mx_shuffled_grid": MX | GRID | {"shuffled": True},
+    "mx_block_major": MX | {"scale_order": "block_major"},
+    "mx_padded": MX | {"scale_order": "padded"},
+    "mx_bf16": MX | {"x_dtype": "bfloat16"},
+    "mx_e8m0": MX | {"scale_dtype": E8M0},
+} | {f"mx_{name}": MX | option for name, option in OPTIONS.items() if "weight_layout" not in option}
+
+MX_FACTORS: tuple[dict[str, dict[str, Any]], ...] = (
+    FACTORS[0],
+    {"": {}, "grid": GRID, "shuffled": {"shuffled": True}, "shuffled_grid": GRID | {"shuffled": True}},
+    {"": {}, "block_major": {"scale_order": "block_major"}, "padded": {"scale_order": "padded"}}
+    | {"bf16": {"x_dtype": "bfloat16"}},
+    {"": {}, "e8m0": {"scale_dtype": E8M0}},
+    *FACTORS[3:],
+)
+
+
+def _mx_cases() -> list[Case]:
+    """MxFp8: sizes, each option alone, all of them in pairs, and what is not ordinary."""
+    cases = [Case(f"mx_t{tokens}", tokens, inter=128, **MX) for tokens in (0, 1, 8, 129, 257)]  # H/32 is 8
+    shapes = [(128, 128), (384, 128), (128, 384), (896, 384), (640, 896)]
+    cases += [Case(f"mx_h{hidden}_i{inter}", 33, hidden, inter, 4, **MX) for hidden, inter in shapes]
+    cases += [Case(name, 53, 256, 256, 8, 3, **option) for name, option in MX_OPTIONS.items()]
+    for name in ("mx_relu2", "mx_lora", "mx_shuffled", "mx_shuffled_grid", "mx_bf16"):
+        cases += [Case(f"{name}_t{tokens}", tokens, 384, 128, **MX_OPTIONS[name]) for tokens in (0, 1, 257)]
+        cases.append(Case(f"{name}_e300", 53, 128, 128, 300, 8, (31, 200), "mixed", **MX_OPTIONS[name]))
+    relu2_shuffled = MX_OPTIONS["mx_relu2"] | {"shuffled": True}
+    cases += [
+        Case("mx_lora_unfinalized", 53, 256, 256, 16, 4, (3, 9), "mixed", lora=True, do_finalize=False, **MX),
+        Case("mx_lora_unfinalized_t0", 0, lora=True, do_finalize=False, **MX),
+        Case("mx_relu2_shuffled", 53, 256, 256, 8, 3, **relu2_shuffled),
+        Case("mx_unfinalized_nothing_local", 7, window=(0, 3), routing="none_local", do_finalize=False, **MX),
+        Case("mx_garbage_window", 53, 256, 128, 16, 4, (5, 7), routing="garbage", **MX),
+        Case("mx_one_expert_many_blocks", 2100, 128, 128, 4, 1, routing="one_expert", **MX),
+    ]
+    for number, row in enumerate(pairwise.rows([len(factor) for factor in MX_FACTORS])):
+        changes, name = _chosen(MX_FACTORS, row)
+        common: dict[str, Any] = {"experts": 16, "top_k": 4, "weights": "signed", "seed": number % 3}
+        cases.append(Case(f"mx_pair_{name}", **MX | common | changes))
+    for name in MX_EXTREMES:
+        option = MX_OPTIONS["mx_bf16" if name.endswith("_bf16") else "mx_lora"]
+        cases.append(Case(f"extreme_{name}", 33, 256, 256, 8, 3, extreme=name, **option))
     return cases
 
 
@@ -233,28 +304,26 @@ def _large_cases() -> list[Case]:
     return cases
 
 
-ALL = (*_small_cases(), *_option_cases(), *_extreme_cases(), *_large_cases())
+ALL = (*_small_cases(), *_option_cases(), *_extreme_cases(), *_mx_cases(), *_large_cases())
 CASES: dict[str, Case] = {case.name: case for case in ALL}
 SMALL = tuple(case for case in CASES.values() if case.size == "small")
+SMALL_ON_GPU = tuple(case for case in SMALL if not case.mx)  # what the CUDA backend has kernels for
 LARGE = tuple(case for case in CASES.values() if case.size == "large")
 
 
 def arrays(case: Case) -> Arrays:
     """The inputs by name, those of options only where the case has them.
 
-    hidden_states_scale is [H/128, T] with the strides that scale_order asks for.
+    hidden_states_scale is [H/128, T] with the strides that scale_order asks for, of MxFp8 [T, H/32] or [H/32, T].
     """
     rng = np.random.default_rng(case.seed)
-    x, scale = inputs.activations(rng, case.tokens, case.hidden)
-    result: Arrays = dict(inputs.weights(case.local, case.hidden, case.gemm1_rows, case.inter, case.seed))
-    for name in ("gemm1_weights", "gemm2_weights"):
-        result[name] = inputs.in_layout(result[name], case)
+    x, scale = inputs.activations(rng, case)
+    result: Arrays = inputs.in_layout(inputs.weights_of(case), case)
     packed = routings.topk_ids(case, rng)
     if case.x_dtype == "bfloat16":
-        dequantized = x.astype(np.float32) * np.repeat(scale, reference.BLOCK, axis=1)
-        result |= {"hidden_states": dequantized.astype(ml_dtypes.bfloat16), "hidden_states_scale": None}
+        result |= {"hidden_states": inputs.dequantized(x, scale), "hidden_states_scale": None}
     else:
-        result |= {"hidden_states": x, "hidden_states_scale": inputs.ordered_scale(scale, case.scale_order)}
+        result |= {"hidden_states": x, "hidden_states_scale": inputs.ordered_scale(scale, case)}
     rng = np.random.default_rng([case.seed, 2])
     ids, weights = routings.apart(case, packed, rng)
     result |= {"topk_ids": packed} if case.topk_weights == "packed" else {"topk_ids": ids, "topk_weights": weights}
@@ -262,7 +331,7 @@ def arrays(case: Case) -> Arrays:
     if case.lora:
         result["gemm1_lora_delta"] = inputs.lora_delta(case, ids, rng)
     if case.extreme != "none":
-        EXTREMES[case.extreme](result)
+        (EXTREMES | MX_EXTREMES)[case.extreme](result)
     return result
 
 
@@ -275,7 +344,8 @@ def problem(case: Case, given: Mapping[str, NDArray | None], offset_on_device: b
         Options.parse("test", **case.options),
         num_experts=case.experts,
         local_expert_offset=None if offset_on_device else case.offset,
-        scale_strides=None if scale is None else (scale.strides[0] // 4, scale.strides[1] // 4),
+        scale_is_token_major=case.scale_is_token_major,
+        scale_strides=None if scale is None else tuple(stride // scale.itemsize for stride in scale.strides),
     )
 
 
@@ -286,8 +356,12 @@ def describe(array: NDArray | None) -> Array | None:
 def expected(case: Case, given: Arrays, tokens: NDArray | None = None, requantize: bool = True) -> reference.Result:
     """The reference's results, of all tokens or of the chosen ones."""
     options = {name: value for name, value in case.options.items() if name != "do_finalize"}
+    given = given if tokens is None else of_tokens(given, tokens)
+    scale = given["hidden_states_scale"]
+    if scale is not None and case.mx and not case.scale_is_token_major:
+        given = given | {"hidden_states_scale": scale.T}
     return reference.fp8_block_scale_routed_moe(
-        **(given if tokens is None else of_tokens(given, tokens)),
+        **given,
         **options,
         num_experts=case.experts,
         local_expert_offset=case.offset,
@@ -297,8 +371,11 @@ def expected(case: Case, given: Arrays, tokens: NDArray | None = None, requantiz
 
 def of_tokens(given: Arrays, tokens: Any) -> Arrays:
     """The inputs of a call of those tokens alone (indices or a slice)."""
-    scale = given["hidden_states_scale"]
-    changed = {"hidden_states_scale": None if scale is None else scale[:, tokens]}
+    scale, x = given["hidden_states_scale"], given["hidden_states"]
+    changed = {"hidden_states_scale": scale}
+    if scale is not None and x is not None:
+        of_mx = scale.dtype != np.float32
+        changed["hidden_states_scale"] = scale[tokens] if of_mx and len(scale) == len(x) else scale[:, tokens]
     for name in ("topk_ids", "topk_weights", "hidden_states", "gemm1_lora_delta"):
         array = given.get(name)
         if array is not None:

@@ -24,9 +24,15 @@ def described(
     topk_weights: str | None = None,
     lora: bool = False,
     per_expert: tuple[str, ...] = (),
+    mx_rows: int | None = None,
 ) -> dict[str, Array | None]:
-    """The arrays of a valid call by name; `rows` (gemm1_weights', per expert) are 2 * inter unless given."""
+    """The arrays of a valid call by name; `rows` (gemm1_weights', per expert) are 2 * inter unless given.
+
+    With mx_rows, 1 or 32, the scales are those of MxFp8, of which so many rows share one.
+    """
     rows = 2 * inter if rows is None else rows
+    scale_rows, block, scale_dtype = (mx_rows, 32, "uint8") if mx_rows else (128, 128, "float32")
+    x_scale = (tokens, hidden // block) if mx_rows else (hidden // block, tokens)
 
     def weights(rows: int, columns: int) -> Array:
         return Array((local, columns // 128, rows, 128) if blocked else (local, rows, columns), FLOAT8)
@@ -34,11 +40,11 @@ def described(
     arrays = {
         "topk_ids": Array((tokens, top_k), "int32"),
         "hidden_states": Array((tokens, hidden), x_dtype),
-        "hidden_states_scale": Array((hidden // 128, tokens), "float32") if x_dtype == FLOAT8 else None,
+        "hidden_states_scale": Array(x_scale, scale_dtype) if x_dtype == FLOAT8 else None,
         "gemm1_weights": weights(rows, hidden),
-        "gemm1_weights_scale": Array((local, rows // 128, hidden // 128), "float32"),
+        "gemm1_weights_scale": Array((local, rows // scale_rows, hidden // block), scale_dtype),
         "gemm2_weights": weights(hidden, inter),
-        "gemm2_weights_scale": Array((local, hidden // 128, inter // 128), "float32"),
+        "gemm2_weights_scale": Array((local, hidden // scale_rows, inter // block), scale_dtype),
     }
     if topk_weights:
         arrays["topk_weights"] = Array((tokens, top_k), topk_weights)

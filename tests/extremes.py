@@ -110,3 +110,65 @@ EXTREMES: dict[str, Callable[[Arrays], None]] = {
     "large": _scale(hidden_states_scale=2.0**20, gemm1_weights_scale=2.0**12, gemm2_weights_scale=2.0**30),
     "small": _scale(hidden_states_scale=2.0**-10, gemm1_weights_scale=2.0**-10, gemm2_weights_scale=2.0**-40),
 }
+
+
+def _set_scales(**bytes_of: tuple[tuple, int]) -> Callable[[Arrays], None]:
+    """Of each named array, the E8M0 bytes at a place become this byte."""
+
+    def change(arrays: Arrays) -> None:
+        for name, (place, byte) in bytes_of.items():
+            _copy(arrays, name).view(np.uint8)[place] = byte
+
+    return change
+
+
+def _add_to_scales(**amounts: int) -> Callable[[Arrays], None]:
+    """Scales of whole arrays times a power of two."""
+
+    def change(arrays: Arrays) -> None:
+        for name, amount in amounts.items():
+            _copy(arrays, name)[...] += np.uint8(amount % 256)
+
+    return change
+
+
+def _zero_blocks(arrays: Arrays) -> None:
+    """32 zero columns of a token under the largest scale, and 32 rows of an expert that make a block of zeros."""
+    _copy(arrays, "hidden_states")[4, 64:96] = 0
+    _copy(arrays, "hidden_states_scale")[4, 2] = 254
+    for place in ((2, slice(32, 64)), (2, slice(256 + 32, 256 + 64))):
+        _copy(arrays, "gemm1_weights")[place] = 0
+    _copy(arrays, "gemm1_lora_delta")[...] = 0
+
+
+ALL = slice(None)
+# Of MxFp8, whose hidden_states_scale is [T, H/32] here. In "far_scales" the values of x, or of a weight, are beyond
+# float32; their products are ordinary.
+MX_EXTREMES: dict[str, Callable[[Arrays], None]] = {
+    "mx_nan_x_scale": _set_scales(hidden_states_scale=((3, 5), 255)),
+    "mx_nan_gemm1_scale": _set_scales(gemm1_weights_scale=((2, 70, 3), 255)),
+    "mx_nan_gemm2_scale": _set_scales(gemm2_weights_scale=((4, 130, 1), 255)),
+    "mx_nan_both_scales": _set_scales(
+        hidden_states_scale=((3, 5), 255), gemm1_weights_scale=((ALL, ALL, 5), 0), gemm2_weights_scale=((1, 7, 0), 255)
+    ),
+    "mx_smallest_x_scale": _set_scales(hidden_states_scale=((3, ALL), 0)),
+    "mx_smallest_gemm1_scale": _set_scales(gemm1_weights_scale=((2, slice(60, 80), ALL), 0)),
+    "mx_smallest_gemm2_scale": _set_scales(gemm2_weights_scale=((ALL, slice(60, 80), ALL), 0)),
+    "mx_largest_gemm2_scale": _set_scales(gemm2_weights_scale=((4, 130, 1), 254)),
+    "mx_far_scales": _set_scales(hidden_states_scale=((ALL, 1), 250), gemm1_weights_scale=((ALL, ALL, 1), 0)),
+    "mx_far_scales_of_weights": _set_scales(
+        hidden_states_scale=((ALL, 1), 0), gemm1_weights_scale=((ALL, ALL, 1), 250)
+    ),
+    "mx_zero_blocks": _zero_blocks,
+    "mx_zero_x": _zero_x,
+    "mx_nan_x": _set_x(np.nan),
+    "mx_nan_gemm1_code": _set_code("gemm1_weights", (1, 17, 130)),
+    "mx_nan_gemm2_code": _set_code("gemm2_weights", (1, 200, 5)),
+    "mx_nan_lora": _set("gemm1_lora_delta", (5, 1, 7), np.nan),
+    "mx_inf_lora": _set("gemm1_lora_delta", (5, 1, 7), np.inf),
+    "mx_nan_x_bf16": _set_x(np.nan),
+    "mx_inf_x_bf16": _set_x(np.inf),
+    "mx_zero_x_bf16": _zero_x,
+    "mx_tiny_bf16": _add_to_scales(gemm1_weights_scale=-62, gemm2_weights_scale=100),
+    "mx_large_bf16": _add_to_scales(gemm1_weights_scale=30, gemm2_weights_scale=-50),
+}

@@ -26,7 +26,8 @@ def export(case: cases.Case, platforms: tuple[str, ...] = ("cpu", "cuda")) -> ja
     arguments: dict[str, Any] = shapes(cases.arrays(case))
     for name in TOKEN_INPUTS:
         if (given := arguments.get(name)) is not None:
-            shape = (given.shape[0], tokens) if name == "hidden_states_scale" else (tokens, *given.shape[1:])
+            second = name == "hidden_states_scale" and not case.scale_is_token_major
+            shape = (given.shape[0], tokens) if second else (tokens, *given.shape[1:])
             arguments[name] = jax.ShapeDtypeStruct(shape, given.dtype)
     function = jax.jit(lambda given: call(case, given))
     return jax.export.export(function, platforms=platforms, disabled_checks=jax_moe.export_checks())(arguments)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import cases
 import jax
 import numpy as np
 from cases import CASES, Case
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from jax_moe import fp8_block_scale_routed_moe
 from jax_moe.enums import WeightLayout
-from jax_moe.problem import PER_EXPERT
+from jax_moe.problem import E8M0, PER_EXPERT
 
 SMALL = Case("jax_small", 7, 256, 128, 8, 2, weights="signed")
 SMALL_BF16 = Case("jax_small_bf16", 7, 256, 128, 8, 2, x_dtype="bfloat16", weights="signed")
@@ -33,8 +35,28 @@ SMALL_ALL = Case(
     shuffled=True,
     lora=True,
 )
+SMALL_MX = Case("jax_small_mx", 7, 256, 128, 8, 2, weights="signed", **cases.MX)
+SMALL_MX_E8M0 = dataclasses.replace(
+    SMALL_MX, name="jax_small_mx_e8m0", scale_order="block_major", scale_dtype=E8M0, scale_rows=32
+)
+SMALL_MX_ALL = Case(
+    "jax_small_mx_all",
+    7,
+    256,
+    128,
+    8,
+    3,
+    (2, 4),
+    do_finalize=False,
+    topk_weights="float32",
+    per_expert=PER_EXPERT,
+    shuffled=True,
+    lora=True,
+    **cases.MX,
+)
 WINDOW = Case("jax_window", 7, 256, 128, 8, 3, (2, 4))
-OPTIONS = {case.name: case for case in (SMALL, SMALL_BF16, SMALL_ROWS, SMALL_APART, SMALL_LORA, SMALL_ALL)}
+MX = (SMALL_MX, SMALL_MX_E8M0, SMALL_MX_ALL)
+OPTIONS = {case.name: case for case in (SMALL, SMALL_BF16, SMALL_ROWS, SMALL_APART, SMALL_LORA, SMALL_ALL, *MX)}
 TOKEN_INPUTS = ("topk_ids", "topk_weights", "hidden_states", "hidden_states_scale", "gemm1_lora_delta")
 
 
@@ -52,6 +74,8 @@ def arguments(given: dict[str, Any]) -> dict[str, Any]:
 def call(case: Case, given: dict[str, Any], **changes: Any) -> Any:
     """What the function returns for a case, whose arguments may be changed by name."""
     options = {"num_experts": case.experts, "local_expert_offset": case.offset, **case.options}
+    if case.mx and not case.scale_is_token_major:
+        options["hidden_states_scale_order"] = "block_major"
     return fp8_block_scale_routed_moe(**(arguments(given) | options | changes))
 
 

@@ -17,12 +17,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_calls import TOKEN_INPUTS, call
 
 from jax_moe.enums import WeightLayout
-from jax_moe.problem import PER_EXPERT
+from jax_moe.problem import E8M0, PER_EXPERT
 
 DEVICES = 4
 SUM_OF_PARTS = Tolerance(5e-3, 0.06)  # each part is rounded to bfloat16 before the sum
 SPLIT = PartitionSpec("devices")
-BY_TOKEN = {"hidden_states_scale": PartitionSpec(None, "devices")}  # its tokens come second
+SECOND = PartitionSpec(None, "devices")
 
 
 def sharded(
@@ -73,7 +73,9 @@ def check(case: cases.Case, kind: AxisType) -> None:
     single, reversed_single = np.asarray(output(case, given)), np.asarray(output(case, reverse))
     replicated = PartitionSpec()
     by_expert = {name: replicated if name in TOKEN_INPUTS else SPLIT for name in given}
-    by_token = {name: BY_TOKEN.get(name, SPLIT) if name in TOKEN_INPUTS else replicated for name in given}
+    by_token = {name: SPLIT if name in TOKEN_INPUTS else replicated for name in given}
+    if not case.scale_is_token_major:
+        by_token["hidden_states_scale"] = SECOND
 
     # With one expert a token, one device has its whole answer and the others add zeros.
     same = assert_same_bits if case.top_k == 1 else functools.partial(assert_close, tolerance=SUM_OF_PARTS)
@@ -104,3 +106,6 @@ if __name__ == "__main__":
     apart = cases.Case("apart", 8, 256, 128, 8, 3, topk_weights="float32", per_expert=PER_EXPERT, **blocked)
     check(apart, AxisType.Auto)
     check(cases.Case("lora", 8, 256, 128, 8, 3, lora=True), AxisType.Explicit)
+    check(cases.Case("mx", 8, 256, 128, 8, 3, **cases.MX), AxisType.Explicit)
+    e8m0 = cases.MX | {"scale_order": "block_major", "scale_dtype": E8M0, "scale_rows": 32, "shuffled": True}
+    check(cases.Case("mx_e8m0", 8, 384, 128, 8, 3, lora=True, **e8m0), AxisType.Auto)

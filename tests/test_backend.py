@@ -28,10 +28,10 @@ SOME = [
     CASES[name]
     for name in (
         "t53 bf16_t53 routing_mixed_window unfinalized_window scale_padded_t7 h896_i384 relu2 alpha_beta_clamp "
-        "blocked_shuffled apart_f32 lora lora_unfinalized"
+        "blocked_shuffled apart_f32 lora lora_unfinalized mx mx_bf16 mx_shuffled mx_grid mx_lora_unfinalized"
     ).split()
 ]
-REFUSING = ("t7", "unfinalized", "bf16_t7", "alpha_beta_clamp", "apart_bf16", "apart_f32", "lora_unfinalized")
+REFUSING = "t7 unfinalized bf16_t7 alpha_beta_clamp apart_bf16 apart_f32 lora_unfinalized mx_grid mx_lora_unfinalized"
 some_cases = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 
 
@@ -124,7 +124,7 @@ def test_any_bit_pattern_of_an_offset_in_memory_is_safe(offset):
     assert_matches(moved, call.given, call.run())
 
 
-@pytest.mark.parametrize("case", [CASES[name] for name in REFUSING], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[name] for name in REFUSING.split()], ids=lambda case: case.name)
 def test_a_buffer_that_is_too_small_or_absent_or_misaligned_is_refused_by_name(case):
     call = Call(case)
     pointers, sizes = call.pointers_and_sizes()
@@ -146,19 +146,25 @@ def test_a_buffer_that_is_too_small_or_absent_or_misaligned_is_refused_by_name(c
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "words"),
+    ("name", "changes", "words"),
     [
-        ({"fp8_quantization_type": problem.Fp8QuantizationType.MxFp8}, NotImplementedError, "fp8_quantization_type"),
-        ({"weight_layout": problem.WeightLayout.MajorMn}, ValueError, "weight_layout must"),
-        ({"activation_type": 5}, ValueError, "activation_type must"),
-        ({"topk_weights_dtype": problem.DataType.FLOAT8_E4M3}, ValueError, "topk_weights must"),
+        ("t7", {"fp8_quantization_type": problem.Fp8QuantizationType.NoneFp8}, "fp8_quantization_type must"),
+        ("t7", {"fp8_quantization_type": problem.Fp8QuantizationType.MxFp8}, "weights_scale_rows must be 128"),
+        ("t7", {"weights_scale_rows": 1}, "weights_scale_rows must be 128"),
+        ("mx", {"weights_scale_rows": 128}, "weights_scale_rows must be 128"),
+        ("mx", {"weights_scale_rows": 0}, "weights_scale_rows must be 128"),
+        ("mx_grid", {"weights_scale_rows": 1}, "gemm1_weights_scale must hold"),
+        ("mx", {"weight_layout": problem.WeightLayout.BlockMajorK}, "weight_layout must be MajorK with MxFp8"),
+        ("t7", {"weight_layout": problem.WeightLayout.MajorMn}, "weight_layout must"),
+        ("t7", {"activation_type": 5}, "activation_type must"),
+        ("t7", {"topk_weights_dtype": problem.DataType.FLOAT8_E4M3}, "topk_weights must"),
     ],
     ids=str,
 )
-def test_an_option_that_the_build_lacks_is_refused_in_cpp_too(changes, error, words):
-    call = Call(CASES["t7"])
+def test_options_that_are_none_are_refused_in_cpp_too(name, changes, words):
+    call = Call(CASES[name])
     call.problem = dataclasses.replace(call.problem, **changes)
-    with pytest.raises(error, match=words):
+    with pytest.raises(ValueError, match=words):
         call.launch()
 
 
@@ -270,6 +276,10 @@ def random_cases(draw):
     local = draw(st.integers(1, experts))
     activation = draw(st.sampled_from(problem.ActivationType))
     parameters = st.sets(st.sampled_from(problem.PER_EXPERT))
+    quantization = draw(st.sampled_from((problem.Fp8QuantizationType.DeepSeekFp8, problem.Fp8QuantizationType.MxFp8)))
+    layouts = [problem.WeightLayout.MajorK]
+    if quantization is problem.Fp8QuantizationType.DeepSeekFp8:
+        layouts.append(problem.WeightLayout.BlockMajorK)
     return Case(
         "random",
         draw(st.integers(0, 40)),
@@ -286,14 +296,16 @@ def random_cases(draw):
         topk_weights=draw(st.sampled_from(("packed", "bfloat16", "float32"))),
         activation=activation,
         per_expert=tuple(sorted(draw(parameters))) if activation is problem.ActivationType.Swiglu else (),
-        weight_layout=draw(st.sampled_from((problem.WeightLayout.MajorK, problem.WeightLayout.BlockMajorK))),
+        weight_layout=draw(st.sampled_from(layouts)),
         shuffled=draw(st.booleans()),
         lora=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
+        quantization=quantization,
+        scale_rows=draw(st.sampled_from((1, 32))),
     )
 
 
-@examples(60)
+@examples(100)
 @given(random_cases(), st.booleans(), st.booleans())
 def test_random_problems_match_the_reference(case, odd, offset_on_device):
     note(str(case))

@@ -152,13 +152,16 @@ ARROWS = {
     "jax_moe.reference_routing": {"jax_moe.enums"},
     "jax_moe.logits": CORE | {"jax_moe.moe", "jax_moe.xla_call"},
     "jax_moe.finalization": CORE | {"jax_moe.xla_call"},
-    "jax_moe.quantize": CORE,
+    "jax_moe.quantize": CORE | {"jax_moe.layout"},
+    "jax_moe.folding": CORE,
+    "jax_moe.prepare": CORE | {"jax_moe.layout", "jax_moe.folding", "jax_moe.quantize"},
     "jax_moe.reference": CORE | {"jax_moe.layout", "jax_moe.shapes"},
     "jax_moe.xla_call": CORE,
     "jax_moe.moe": CORE | {"jax_moe.xla_call"},
 }
 REFERENCES = {"jax_moe.reference", "jax_moe.reference_routing"}
-JAX_FREE = CORE | REFERENCES | {"jax_moe.layout", "jax_moe.shapes"}
+SHARED_WITH_THE_FACADE = {"jax_moe.layout", "jax_moe.folding"}
+JAX_FREE = CORE | REFERENCES | SHARED_WITH_THE_FACADE | {"jax_moe.shapes"}
 LIBRARY = ARROWS.keys() - REFERENCES
 
 
@@ -199,7 +202,8 @@ def wrong_import(module: str, imported: str) -> str | None:
     if imported in REFERENCES and (in_facade or module in LIBRARY):
         return "the reference is for tests and benchmarks"
     if in_facade:
-        return None if imported in CORE | {"jax_moe.layout"} else "the facade stands on problem and native only"
+        fine = imported in CORE | SHARED_WITH_THE_FACADE
+        return None if fine else "the facade stands on problem, native, layout and folding only"
     if module in ARROWS and imported != "jax_moe" and imported not in ARROWS[module]:
         return f"it may import {sorted(ARROWS[module])} only"
     return None

@@ -14,15 +14,18 @@ from typing import Any
 import cases
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from compare import assert_close, assert_same_bits
+from compare import Tolerance, assert_close, assert_same_bits
 from jax_calls import (
     OPTIONS,
     SMALL,
     SMALL_APART,
     SMALL_BF16,
     SMALL_LORA,
+    SMALL_MX,
+    SMALL_MX_ALL,
     WINDOW,
     call,
     named,
@@ -38,7 +41,9 @@ AGAINST_REFERENCE = (
     "t0 t1 t53 k1 k32 e300 routing_mixed_window window_1_2 h384_i384 bf16_t0 bf16_t53 unfinalized_t0 "
     "unfinalized_window unfinalized_nothing_local unfinalized_bf16 extreme_nan_x_bf16 geglu relu2 identity alpha beta "
     "clamp alpha_beta_clamp_e300 shuffled blocked blocked_shuffled apart_bf16 apart_f32_t0 apart_f32_e300 "
-    "apart_garbage lora lora_t0 lora_e300 lora_unfinalized lora_identity_one_expert jax_small_all"
+    "apart_garbage lora lora_t0 lora_e300 lora_unfinalized lora_identity_one_expert jax_small_all mx mx_t0 mx_t8 "
+    "mx_block_major mx_grid mx_e8m0 mx_bf16 mx_shuffled mx_shuffled_grid mx_relu2_e300 mx_alpha_beta_clamp "
+    "mx_lora_unfinalized mx_lora_unfinalized_t0 jax_small_mx_e8m0 jax_small_mx_all extreme_mx_far_scales"
 ).split()
 
 
@@ -69,7 +74,9 @@ def test_shapes_are_known_without_running(case: cases.Case) -> None:
     if case.lora or not case.do_finalize:
         expected.append(((slots,), jnp.int32))
     if case.lora:
-        expected += [((slots, inter), jnp.uint8), ((inter // 128, -(-slots // 4) * 4), jnp.float32)]
+        scale = (inter // 128, -(-slots // 4) * 4)
+        expected.append(((slots, inter), jnp.uint8))
+        expected.append(((*scale, 4), jnp.uint8) if case.mx else (scale, jnp.float32))
     returned = abstract if isinstance(abstract, tuple) else (abstract,)
     assert [(x.shape, x.dtype) for x in returned] == expected
 
@@ -132,6 +139,41 @@ def test_bfloat16_tokens_are_quantised_as_quantize_activations_does() -> None:
     codes, scale = jax_moe.quantize_activations(given["hidden_states"])
     outside = call(SMALL, given | {"hidden_states": codes, "hidden_states_scale": scale})
     assert_same_bits(np.asarray(call(SMALL_BF16, given)), np.asarray(outside), "quantised outside")
+
+
+def test_bfloat16_tokens_are_quantised_as_mxfp8_quantize_does() -> None:
+    case = dataclasses.replace(SMALL_MX, x_dtype="bfloat16")
+    given = cases.arrays(case)
+    codes, scale = jax_moe.mxfp8_quantize(given["hidden_states"], False)
+    outside = call(SMALL_MX, given | {"hidden_states": codes, "hidden_states_scale": scale})
+    assert_same_bits(np.asarray(call(case, given)), np.asarray(outside), "quantised outside")
+
+
+def test_the_public_layout_functions_make_shuffled_weights_of_mxfp8() -> None:
+    given = cases.arrays(SMALL_MX)
+    expected = np.asarray(call(SMALL_MX, given))
+    gated = {
+        name: jax_moe.reorder_rows_for_gated_act_gemm(given[name]) for name in ("gemm1_weights", "gemm1_weights_scale")
+    }
+    prepared = {
+        "gemm1_weights": jax_moe.shuffle_matrix_a(gated["gemm1_weights"], 128),
+        "gemm1_weights_scale": jax_moe.shuffle_matrix_sf_a(gated["gemm1_weights_scale"], 128),
+        "gemm2_weights": jax_moe.shuffle_matrix_a(given["gemm2_weights"], 128),
+        "gemm2_weights_scale": jax_moe.shuffle_matrix_sf_a(given["gemm2_weights_scale"], 128),
+    }
+    assert_same_bits(np.asarray(call(SMALL_MX, given | prepared, use_shuffled_weight=True)), expected, "shuffled")
+
+
+def test_the_scale_of_an_mxfp8_activation_is_where_the_documentation_says() -> None:
+    case = dataclasses.replace(SMALL_MX_ALL, window=None)
+    given = cases.arrays(case)
+    results = named(case, call(case, given))
+    codes = results["gemm1_activation_output"].view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    scale = results["gemm1_activation_scale"].astype(np.float32)
+    expected = cases.expected(case, given, requantize=False).gemm1_activation_output
+    row, i = np.indices(codes.shape)
+    values = codes * np.exp2(scale[i // 128, row, i % 128 // 32] - 127)
+    assert_close(values, expected, "activation", Tolerance(4e-2, 0.3))
 
 
 def test_token_major_scales_are_the_same_scales() -> None:

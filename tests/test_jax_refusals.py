@@ -110,7 +110,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"hidden_states_scale_order": "rows"},
         ValueError,
-        "hidden_states_scale_order must be 'block_major' or 'token_major', got 'rows'",
+        "hidden_states_scale_order must be None, 'block_major' or 'token_major', got 'rows'",
     ),
     (
         {"gemm1_weights": GIVEN["gemm1_weights"].view(np.uint8)},
@@ -181,7 +181,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         "gemm2_weights must be float8_e4m3fn[8,1,256,128], got float8_e4m3fn[8,256,128]",
     ),
     ({"fp8_quantization_type": 0}, ValueError, "fp8_quantization_type must be DeepSeekFp8 (1) or MxFp8 (2)"),
-    ({"fp8_quantization_type": 2}, NotImplementedError, "fp8_quantization_type must be DeepSeekFp8 (1)"),
+    (
+        {"fp8_quantization_type": 2},
+        ValueError,
+        "hidden_states_scale must be uint8[7,8] (or as float8_e8m0fnu), got float32[2,7]",
+    ),
+    ({"fp8_quantization_type": 2, "weight_layout": 2}, ValueError, "weight_layout must be MajorK (0) with MxFp8, got"),
     ({"activation_type": 9}, ValueError, "activation_type must be one of ActivationType .* got 9"),
     (
         {"activation_type": enums.ActivationType.Relu2},

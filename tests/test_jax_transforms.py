@@ -21,6 +21,9 @@ from jax_calls import (
     SMALL_APART,
     SMALL_BF16,
     SMALL_LORA,
+    SMALL_MX,
+    SMALL_MX_ALL,
+    SMALL_MX_E8M0,
     SMALL_ROWS,
     TOKEN_INPUTS,
     WINDOW,
@@ -80,7 +83,8 @@ def test_scan_over_layers_computes_what_separate_calls_do() -> None:
         assert_same_bits(np.asarray(actual[step]), np.asarray(x), f"step {step}")
 
 
-FOLDED = (SMALL, SMALL_BF16, SMALL_APART, WINDOW, dataclasses.replace(SMALL_ALL, lora=False, do_finalize=True))
+FINALIZED_ALL = [dataclasses.replace(case, lora=False, do_finalize=True) for case in (SMALL_ALL, SMALL_MX_ALL)]
+FOLDED = (SMALL, SMALL_BF16, SMALL_APART, WINDOW, SMALL_MX, SMALL_MX_E8M0, *FINALIZED_ALL)
 
 
 @pytest.mark.parametrize("case", FOLDED, ids=lambda case: case.name)
@@ -103,11 +107,12 @@ def test_vmap_over_token_major_scales_keeps_the_bits() -> None:
     assert_each_equals(SMALL, function(turned), single)
 
 
+@pytest.mark.parametrize("case", (SMALL, SMALL_MX_E8M0), ids=lambda case: case.name)
 @pytest.mark.parametrize("names", (("gemm1_weights", "gemm1_weights_scale"), tuple(cases.arrays(SMALL))), ids=len)
-def test_vmap_over_weights_is_a_loop_with_the_same_bits(names: tuple[str, ...]) -> None:
-    mapped, single = picked(layers(SMALL), *names)
-    function = jax.vmap(lambda given: call(SMALL, given), in_axes=(over(mapped, *names),))
-    assert_each_equals(SMALL, jax.jit(function)(mapped), single)
+def test_vmap_over_weights_is_a_loop_with_the_same_bits(case: cases.Case, names: tuple[str, ...]) -> None:
+    mapped, single = picked(layers(case), *names)
+    function = jax.vmap(lambda given: call(case, given), in_axes=(over(mapped, *names),))
+    assert_each_equals(case, jax.jit(function)(mapped), single)
     assert custom_calls(function, mapped) == 1
 
 
@@ -127,7 +132,7 @@ def test_vmap_over_parameters_of_the_activation_is_a_loop_with_the_same_bits(nam
     assert custom_calls(function, mapped) == 1
 
 
-@pytest.mark.parametrize("case", (SMALL_ROWS, SMALL_LORA, SMALL_ALL), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (SMALL_ROWS, SMALL_LORA, SMALL_ALL, SMALL_MX_ALL), ids=lambda case: case.name)
 @pytest.mark.parametrize("names", (TOKEN_INPUTS, ("topk_ids", "gemm1_lora_delta")), ids=len)
 def test_vmap_that_returns_rows_gives_each_batch_its_own(case: cases.Case, names: tuple[str, ...]) -> None:
     mapped, single = picked(layers(case), *names)
@@ -175,7 +180,7 @@ def test_nested_vmap_is_still_one_call() -> None:
 
 
 def test_what_else_is_in_the_batch_changes_nothing() -> None:
-    for case in (SMALL, SMALL_APART, SMALL_LORA):
+    for case in (SMALL, SMALL_APART, SMALL_LORA, SMALL_MX):
         many = cases.arrays(dataclasses.replace(case, tokens=150))
         together = named(case, call(case, many))["output"]
         for tokens in (slice(0, 1), slice(0, 7), slice(149, 150), slice(20, 130)):

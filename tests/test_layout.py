@@ -62,6 +62,53 @@ def test_block_major_k_is_blocks_of_columns_and_back(shape):
     assert np.array_equal(back.view(np.uint8), x.view(np.uint8)) and back.flags.c_contiguous
 
 
+def offset_of(row, column, columns):
+    """Byte of a scale in the 128x4 order, as the contract writes it."""
+    tiles = -(-columns // 4)
+    return row // 128 * tiles * 512 + column // 4 * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "column", "byte"),
+    [(4, 1, 0, 16), (4, 32, 0, 4), (4, 127, 0, 508), (4, 128, 0, 512), (8, 37, 5, 597), (8, 130, 6, 1570)],
+)
+def test_scales_are_where_the_contract_says(columns, row, column, byte):
+    assert offset_of(row, column, columns) == byte
+    scales = np.zeros((256, columns), np.uint8)
+    scales[row, column] = 1
+    assert np.flatnonzero(layout.interleave_scales(scales)).tolist() == [byte]
+
+
+@pytest.mark.parametrize("shape", [(128, 4), (384, 12), (3, 256, 8), (2, 2, 128, 28), (0, 128, 4), (2, 0, 4)], ids=str)
+def test_scales_are_interleaved_by_the_formula_and_back(shape):
+    scales = codes(*shape).view(np.uint8)
+    found = layout.interleave_scales(scales)
+    assert found.shape == shape and found.flags.c_contiguous
+    row, column = np.indices(shape[-2:])
+    expected = np.zeros((*shape[:-2], shape[-2] * shape[-1]), np.uint8)
+    expected[..., offset_of(row, column, shape[-1]).reshape(-1)] = scales.reshape(*shape[:-2], shape[-2] * shape[-1])
+    assert np.array_equal(found.reshape(expected.shape), expected)
+    assert np.array_equal(layout.deinterleave_scales(found), scales)
+
+
+@tiles
+def test_scales_are_shuffled_with_the_rows_of_the_weights_then_interleaved(tile):
+    scales = codes(2, 256, 8).view(np.uint8)
+    found = layout.shuffle_matrix_sf_a(scales, tile)
+    rows = layout.shuffle_rows(256, tile)
+    assert np.array_equal(found, layout.interleave_scales(scales[:, rows]))
+    assert np.array_equal(layout.unshuffle_matrix_sf_a(found, tile), scales)
+
+
+def test_halves_take_turns_and_back():
+    x = codes(3, 12, 5)
+    found = layout.reorder_rows_for_gated_act_gemm(x)
+    for j in range(6):
+        assert np.array_equal(found[:, 2 * j].view(np.uint8), x[:, j].view(np.uint8))
+        assert np.array_equal(found[:, 2 * j + 1].view(np.uint8), x[:, 6 + j].view(np.uint8))
+    assert np.array_equal(layout.restore_rows_of_gated_act_gemm(found).view(np.uint8), x.view(np.uint8))
+
+
 def test_another_block_size():
     blocked = layout.convert_to_block_layout(np.arange(24).reshape(3, 8), 4)
     assert blocked.tolist() == [
@@ -92,13 +139,19 @@ FUNCTIONS = {
     "unshuffle_128": lambda x: layout.unshuffle_matrix_a(x, 128),
     "convert_to_block_layout": layout.convert_to_block_layout,
     "from_block_major_k": layout.from_block_major_k,
+    "reorder": layout.reorder_rows_for_gated_act_gemm,
+    "restore": layout.restore_rows_of_gated_act_gemm,
+    "interleave": layout.interleave_scales,
+    "deinterleave": layout.deinterleave_scales,
+    "shuffle_scales_128": lambda x: layout.shuffle_matrix_sf_a(x, 128),
+    "unshuffle_scales_128": lambda x: layout.unshuffle_matrix_sf_a(x, 128),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_jax_arrays(name):
     jax = pytest.importorskip("jax")
-    x = codes(2, 3, 64, 256)
+    x = codes(2, 3, 128, 256)
     expected = FUNCTIONS[name](x)
     for function in (FUNCTIONS[name], jax.jit(FUNCTIONS[name]), jax.vmap(FUNCTIONS[name])):
         actual = np.asarray(function(jax.numpy.asarray(x)))
@@ -110,7 +163,7 @@ def test_jax_arrays(name):
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_torch_tensors(name, contiguous):
     torch = pytest.importorskip("torch")
-    x = torch.from_numpy(codes(3, 64, 256).view(np.uint8))
+    x = torch.from_numpy(codes(3, 128, 256).view(np.uint8))
     if not contiguous:
         x = torch.stack([x, x], dim=-1)[..., 0]
     actual = FUNCTIONS[name](x.view(torch.float8_e4m3fn) if contiguous else x)
@@ -133,6 +186,20 @@ def test_torch_tensors(name, contiguous):
         ),
         (lambda: layout.convert_to_block_layout(np.zeros((4, 128)), 128.0), "a positive integer, got 128.0"),
         (lambda: layout.shuffle_matrix_a([[1.0]], 64), "shuffle_matrix_a: x must be an array, got list"),
+        (
+            lambda: layout.interleave_scales(np.zeros((130, 4))),
+            "interleave_scales: s must be of rows that are a multiple of 128 and columns that are a multiple of 4, got "
+            "(130, 4); pad it with zeros",
+        ),
+        (lambda: layout.deinterleave_scales(np.zeros((128, 6))), "deinterleave_scales: s must be of rows that"),
+        (lambda: layout.shuffle_matrix_sf_a(np.zeros((40, 4)), 128), "shuffle_matrix_sf_a: s must be of rows that are"),
+        (lambda: layout.shuffle_matrix_sf_a(np.zeros((64, 4)), 128), "shuffle_matrix_sf_a: s must be of rows that are"),
+        (lambda: layout.shuffle_matrix_sf_a(np.zeros((128, 4)), 16), "epilogue_tile_m must be 64 or 128, got 16"),
+        (lambda: layout.shuffle_matrix_sf_a([1], 128), "shuffle_matrix_sf_a: s must be an array, got list"),
+        (
+            lambda: layout.reorder_rows_for_gated_act_gemm(np.zeros((5, 4))),
+            "reorder_rows_for_gated_act_gemm: x must be of an even number of rows, got 5",
+        ),
         (lambda: layout.from_block_major_k(np.zeros((4, 128))), "of at least 3 dimensions, got (4, 128)"),
     ],
 )

@@ -30,6 +30,7 @@ SMALL = problem.Problem(
     hidden_states_dtype=DataType.FLOAT8_E4M3,
     hidden_states_scale_block_stride=4,
     hidden_states_scale_token_stride=1,
+    weights_scale_rows=128,
     fp8_quantization_type=Fp8QuantizationType.DeepSeekFp8,
     activation_type=ActivationType.Swiglu,
     weight_layout=WeightLayout.MajorK,
@@ -90,7 +91,8 @@ def test_stages_of_moe_h_are_those_of_native_py() -> None:
 
 def test_limits_of_moe_h_are_those_of_problem_py() -> None:
     limits = dict(re.findall(r"constexpr int64_t k(\w+) = (\d+);", MOE_H))
-    assert (int(limits["ScaleBlock"]), int(limits["MaxTopK"])) == (problem.SCALE_BLOCK, problem.MAX_TOP_K)
+    assert (int(limits["ScaleBlock"]), int(limits["MxScaleBlock"])) == (problem.SCALE_BLOCK, problem.MX_SCALE_BLOCK)
+    assert int(limits["MaxTopK"]) == problem.MAX_TOP_K
 
 
 def test_attributes_of_the_handler_are_those_of_problem_py() -> None:
@@ -182,9 +184,14 @@ def test_wrong_numbers_of_fields_and_buffers_are_value_errors() -> None:
 def test_each_status_has_its_exception() -> None:
     with pytest.raises(ValueError, match="topk_ids must hold 32 bytes, got 0"):
         native.forward(SMALL, NO_BUFFERS, NO_BUFFERS)
-    mx = dataclasses.replace(SMALL, fp8_quantization_type=Fp8QuantizationType.MxFp8)
-    with pytest.raises(NotImplementedError, match="fp8_quantization_type must be DeepSeekFp8"):
-        native.forward(mx, NO_BUFFERS, NO_BUFFERS)
+    if native.load().build_info()["cuda"]:
+        mx = dataclasses.replace(
+            SMALL, num_tokens=0, fp8_quantization_type=Fp8QuantizationType.MxFp8, weights_scale_rows=1
+        )
+        pointers, sizes = [256] * NUM_BUFFERS, [2**30] * NUM_BUFFERS
+        with pytest.raises(NotImplementedError, match="fp8_quantization_type must be DeepSeekFp8 on a GPU"):
+            native.forward(mx, pointers, sizes, device=0)
+        assert "fold the weights with prepare_mxfp8_weights()" in native.explain(mx)
 
 
 def test_a_build_without_cuda_says_so() -> None:

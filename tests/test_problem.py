@@ -75,9 +75,9 @@ def test_accepted_options(options):
         ({"routing_method_type": 2, "n_group": 4, "topk_group": 5}, ValueError, "topk_group must be in [1, n_group]"),
         ({"routing_method_type": 2, "n_group": 4, "topk_group": -1}, ValueError, "topk_group must be in [1, n_group]"),
         (
-            {"fp8_quantization_type": Fp8QuantizationType.MxFp8},
-            NotImplementedError,
-            "fp8_quantization_type must be DeepSeekFp8 (1), the one that this version supports, got MxFp8 (2)",
+            {"fp8_quantization_type": Fp8QuantizationType.MxFp8, "weight_layout": WeightLayout.BlockMajorK},
+            ValueError,
+            "weight_layout must be MajorK (0) with MxFp8, got BlockMajorK (2)",
         ),
     ],
     ids=str,
@@ -214,6 +214,7 @@ def test_fields_are_plain_ints_in_the_order_of_the_contract():
         "hidden_states_dtype": DataType.FLOAT8_E4M3,
         "hidden_states_scale_block_stride": 5,
         "hidden_states_scale_token_stride": 1,
+        "weights_scale_rows": 128,
         "fp8_quantization_type": 1,
         "activation_type": 3,
         "weight_layout": 0,
@@ -258,6 +259,7 @@ def test_random_options_are_taken_or_refused_by_name(options):
             "num_experts": {"top_k", "local_expert_offset", "gemm1_weights"},
             "local_expert_offset": {"gemm1_weights"},
         }
+        follows["fp8_quantization_type"] = {"weight_layout", "hidden_states_scale"}
         follows |= {"weight_layout": {"gemm1_weights"}, "activation_type": {"gemm2_weights", "gemm1_weights"}}
         assert culprit in options | words or any(culprit in follows.get(name, ()) for name in options | words), error
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ GROUPED = Case(Method.DeepSeekV3, 6, 64, 4, 8, 4, "bfloat16", "float32", 2.5)
 EACH = [Case(method, top_k=1 if method is Method.Llama4 else 4) for method in METHODS] + [GROUPED]
 each = pytest.mark.parametrize("case", EACH, ids=lambda case: case.name)
 LAYER = cases.Case("layer", tokens=6, hidden=256, inter=128, experts=8, top_k=2, window=(2, 4))
+MX_LAYER = dataclasses.replace(LAYER, name="mx_layer", shuffled=True, **cases.MX | {"scale_order": "block_major"})
 
 
 def call(case: Case, routing_logits: Any, bias: Any) -> Any:
@@ -136,17 +138,20 @@ def test_a_symbolic_number_of_experts_is_refused() -> None:
 
 
 # ---- the whole layer -------------------------------------------------------------------------------------------------
-def layer_arrays() -> tuple[Case, dict[str, Any]]:
+def layer_arrays(layer: cases.Case = LAYER) -> tuple[Case, dict[str, Any]]:
     routing = Case(Method.DeepSeekV3, LAYER.tokens, LAYER.experts, LAYER.top_k, 2, 1, routed_scaling_factor=2.5)
-    given = {name: array for name, array in cases.arrays(LAYER).items() if name != "topk_ids" and array is not None}
+    given = {name: array for name, array in cases.arrays(layer).items() if name != "topk_ids" and array is not None}
     return routing, given
 
 
+@pytest.mark.parametrize("layer", [LAYER, MX_LAYER], ids=lambda layer: layer.name)
 @pytest.mark.parametrize("do_finalize", [True, False])
-def test_the_layer_is_routing_and_the_routed_layer(do_finalize: bool) -> None:
-    routing, given = layer_arrays()
+def test_the_layer_is_routing_and_the_routed_layer(do_finalize: bool, layer: cases.Case) -> None:
+    routing, given = layer_arrays(layer)
     routing_logits, bias = routing.arrays()
-    options = {"local_expert_offset": LAYER.offset, "do_finalize": do_finalize}
+    options = {"local_expert_offset": LAYER.offset, **layer.options, "do_finalize": do_finalize}
+    if layer.mx:
+        options["hidden_states_scale_order"] = "block_major"
     got = jax_moe.fp8_block_scale_moe(routing_logits, bias, **given, **routing.options(), **options)
     pair = call(routing, routing_logits, bias)
     expected = jax_moe.fp8_block_scale_routed_moe(pair, **given, num_experts=LAYER.experts, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch_facade.logits import OPTIONS, route_logits  # noqa: E402
 GROUPED = Case(Method.DeepSeekV3, 6, 64, 4, 8, 4, "bfloat16", "float32", 2.5)
 EACH = [Case(method, top_k=1 if method is Method.Llama4 else 4) for method in METHODS] + [GROUPED]
 LAYER = cases.Case("layer", tokens=6, hidden=256, inter=128, experts=8, top_k=2, window=(2, 4))
+MX_LAYER = dataclasses.replace(LAYER, name="mx_layer", shuffled=True, **cases.MX)
 ROUTING = Case(Method.DeepSeekV3, LAYER.tokens, LAYER.experts, LAYER.top_k, 2, 1, routed_scaling_factor=2.5)
 
 
@@ -37,9 +39,9 @@ def tensors(case: Case, seed: int = 0) -> list[Any]:
     return [None if array is None else torch_calls.tensor(array) for array in case.arrays(seed)]
 
 
-def layer_arguments(**changes: Any) -> dict[str, Any]:
+def layer_arguments(layer: cases.Case = LAYER, **changes: Any) -> dict[str, Any]:
     routing_logits, bias = tensors(ROUTING)
-    arguments = torch_calls.arguments(LAYER, **ROUTING.options())
+    arguments = torch_calls.arguments(layer, **ROUTING.options())
     del arguments["topk_ids"]
     return arguments | {"routing_logits": routing_logits, "routing_bias": bias} | changes
 
@@ -75,9 +77,10 @@ def test_names_order_and_defaults_are_the_documented_ones() -> None:
     assert defaults == [0, False, 0, True, None, 8192, 1, 3, True, None, None, None, None, None]
 
 
+@pytest.mark.parametrize("layer", [LAYER, MX_LAYER], ids=lambda layer: layer.name)
 @pytest.mark.parametrize("do_finalize", [True, False])
-def test_the_layer_is_routing_and_the_routed_layer(do_finalize: bool) -> None:
-    arguments = layer_arguments(do_finalize=do_finalize)
+def test_the_layer_is_routing_and_the_routed_layer(do_finalize: bool, layer: cases.Case) -> None:
+    arguments = layer_arguments(layer, do_finalize=do_finalize)
     got = function(**arguments)
     pair = route(ROUTING, arguments.pop("routing_logits"), arguments["routing_bias"])
     arguments |= {"topk_ids": pair}

@@ -16,9 +16,6 @@ torch = pytest.importorskip("torch", reason="the torch facade needs torch")
 import torch_calls  # noqa: E402
 
 import torch_facade  # noqa: E402
-from jax_moe import native  # noqa: E402
-from torch_facade import moe, ops  # noqa: E402
-from torch_facade.eager import Calls  # noqa: E402
 
 NAME = "trtllm_fp8_block_scale_routed_moe"
 CASE = cases.Case("arguments", tokens=5, hidden=256, inter=128, experts=8, top_k=2, window=(2, 4))
@@ -254,9 +251,23 @@ def test_equal_values_of_other_types_are_told_apart() -> None:
     refused(ValueError, "local_expert_offset must be an integer, got False", num_experts=8, local_expert_offset=False)
 
 
-def test_mxfp8_is_not_implemented() -> None:
+def test_mxfp8_wants_scales_of_its_own() -> None:
     for value in (2, torch_calls.OtherQuantization.MxFp8):
-        refused(NotImplementedError, "fp8_quantization_type must be DeepSeekFp8 (1)", fp8_quantization_type=value)
+        words = "hidden_states_scale must be uint8[5,8] (or as float8_e8m0fnu), got float32[2,5]"
+        refused(ValueError, words, fp8_quantization_type=value)
+    words = "weight_layout must be MajorK (0) with MxFp8, got BlockMajorK (2)"
+    refused(ValueError, words, fp8_quantization_type=2, weight_layout=2)
+
+
+def test_words_on_scales_of_mxfp8() -> None:
+    mx = dataclasses.replace(CASE, **cases.MX)
+    given = torch_calls.arguments(mx)
+    words = "gemm2_weights_scale must be uint8[4,256,4] (or as float8_e8m0fnu), got uint8[4,8,4]; gemm1_weights_scale"
+    refused(ValueError, words, mx, gemm2_weights_scale=given["gemm2_weights_scale"][:, ::32].contiguous())
+    spread = torch.stack([given["gemm1_weights_scale"]] * 2, dim=-1)[..., 0]
+    refused(ValueError, must_be_contiguous("gemm1_weights_scale", spread), mx, gemm1_weights_scale=spread)
+    e8m0 = torch.zeros(2, 5, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    refused(ValueError, "hidden_states_scale must be float32[2,5], got float8_e8m0fnu[2,5]", hidden_states_scale=e8m0)
 
 
 @pytest.mark.parametrize("wrong, got", [(None, "NoneType"), ((1, 2, 3), "tuple of 3"), ([], "list of 0"), (5, "int")])
@@ -364,24 +375,3 @@ def test_no_gradients_in_silence(name: str) -> None:
     with torch.no_grad():
         assert not given["output"].any()
         torch_calls.function(**given)
-
-
-@pytest.mark.parametrize("error", [ValueError, NotImplementedError, RuntimeError])
-@pytest.mark.parametrize("case", [CASE, FULL, dataclasses.replace(CASE, do_finalize=False)])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_errors_of_the_library_arrive_untouched(
-    case: cases.Case, in_place: bool, error: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What C++ says of a device or a build is what the caller reads, with its type."""
-    raised = error("this build has no CUDA kernels; move the tensors to the CPU")
-
-    def fail(*_: object, **__: object) -> None:
-        raise raised
-
-    monkeypatch.setattr(native, "forward", fail)
-    monkeypatch.setattr(moe, "CALLS", Calls())  # none of them was made before
-    monkeypatch.setattr(ops, "CALLS", Calls())
-    output = torch.zeros(5, 256, dtype=torch.bfloat16) if in_place and case.do_finalize else None
-    with pytest.raises(error) as caught:
-        torch_calls.call(case, output=output)
-    assert caught.value is raised

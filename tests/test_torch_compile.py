@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
+from jax_moe.problem import E8M0  # noqa: E402
 from torch_facade import ActivationType, WeightLayout  # noqa: E402
 
 CASE = cases.Case("compile", tokens=5, hidden=256, inter=128, experts=8, top_k=2, window=(2, 4))
@@ -37,10 +38,15 @@ FORMS = {
     "lora": dataclasses.replace(CASE, lora=True),
     "lora_unfinalized": dataclasses.replace(CASE, lora=True, do_finalize=False),
     "lora_apart_unfinalized": dataclasses.replace(CASE, lora=True, topk_weights="float32", do_finalize=False),
+    "mx": dataclasses.replace(CASE, **cases.MX),
+    "mx_padded": dataclasses.replace(CASE, **cases.MX | {"scale_order": "padded", "scale_dtype": E8M0}),
+    "mx_block_major": dataclasses.replace(CASE, **cases.MX | {"scale_order": "block_major", "shuffled": True}),
+    "mx_lora_unfinalized": dataclasses.replace(CASE, lora=True, do_finalize=False, scale_dtype=E8M0, **cases.MX),
 }
 # One form of each list that an op may return, and of the tensor alone.
 RESULTS = ("finalized", "unfinalized", "apart_unfinalized", "lora", "lora_unfinalized", "lora_apart_unfinalized")
-TOKENS_DIMENSION = {"topk_ids": 0, "hidden_states": 0, "hidden_states_scale": 1, "gemm1_lora_delta": 0}
+RESULTS += ("mx", "mx_lora_unfinalized")
+TOKENS = ("topk_ids", "hidden_states", "hidden_states_scale", "gemm1_lora_delta")
 OPS = torch.ops.jax_moe
 
 
@@ -60,6 +66,11 @@ def split(case: cases.Case, **changes: Any) -> tuple[Callable[..., Any], dict[st
     tensors = {name: value for name, value in arguments.items() if isinstance(value, (torch.Tensor, tuple))}
     options = {name: value for name, value in arguments.items() if name not in tensors}
     return lambda **given: torch_calls.function(**given, **options), tensors
+
+
+def tokens_dimension(name: str, case: cases.Case) -> int:
+    """Of one of TOKENS."""
+    return 1 if name == "hidden_states_scale" and not case.scale_is_token_major else 0
 
 
 def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], tensors: dict[str, Any]) -> dict[str, Any]:
@@ -102,9 +113,9 @@ def test_one_dynamic_graph_serves_any_number_of_tokens(form: str) -> None:
         compiled = compiled or torch.compile(call, fullgraph=True, backend=counter)
         if tokens == 5:
             for name, value in tensors.items():
-                for tensor in tree_leaves(value) if name in TOKENS_DIMENSION else ():
+                for tensor in tree_leaves(value) if name in TOKENS else ():
                     # Raises where a guard makes the number of tokens a constant.
-                    torch._dynamo.mark_dynamic(tensor, TOKENS_DIMENSION[name])
+                    torch._dynamo.mark_dynamic(tensor, tokens_dimension(name, case))
         assert_same(compiled(**tensors), call(**tensors), case)
     assert counter.frame_count == 1
 
@@ -152,7 +163,7 @@ def test_a_factor_that_changes_is_checked_while_tracing() -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("form", ["bfloat16", "apart", "parameters", "lora"])
+@pytest.mark.parametrize("form", ["bfloat16", "apart", "parameters", "lora", "mx_padded"])
 def test_compiled_writes_the_callers_output(form: str, backend: str) -> None:
     case = FORMS[form]
     call, tensors = split(case)
@@ -195,7 +206,7 @@ def test_options_in_any_spelling_compile(option: dict[str, Any]) -> None:
     [
         ({"top_k": 3}, "top_k must be 2, the size that the arrays have, got 3"),
         ({"activation_type": 77}, "activation_type must be one of ActivationType"),
-        ({"fp8_quantization_type": 2}, "fp8_quantization_type must be DeepSeekFp8 (1)"),
+        ({"fp8_quantization_type": 2}, "hidden_states_scale must be uint8[5,8]"),
         ({"gemm1_alpha": torch.zeros(3)}, "gemm1_alpha must be float32[4], got float32[3]"),
         ({"activation_type": 4, "gemm1_beta": torch.zeros(4)}, "gemm1_beta must be None with Geglu"),
         ({"gemm1_lora_delta": torch.zeros(5, 2, 256)}, "gemm1_lora_delta must be bfloat16[5,2,256], got float32"),
@@ -227,7 +238,7 @@ class Layer(torch.nn.Module):
     def __init__(self, case: cases.Case) -> None:
         super().__init__()
         self.call, tensors = split(case)
-        self.names = [name for name in tensors if name not in TOKENS_DIMENSION]
+        self.names = [name for name in tensors if name not in TOKENS]
         for name in self.names:
             self.register_buffer(name, tensors[name])
 
@@ -237,7 +248,7 @@ class Layer(torch.nn.Module):
 
 def activations(case: cases.Case) -> dict[str, Any]:
     """The tensors that depend on the tokens."""
-    return {name: value for name, value in split(case)[1].items() if name in TOKENS_DIMENSION}
+    return {name: value for name, value in split(case)[1].items() if name in TOKENS}
 
 
 @pytest.mark.parametrize("form", RESULTS)
@@ -246,7 +257,7 @@ def test_exported_program_runs_for_any_number_of_tokens(strict: bool, form: str)
     layer, given = Layer(FORMS[form]), activations(FORMS[form])
     tokens = torch.export.Dim("tokens", min=0, max=1 << 20)
     shapes = {
-        name: tree_map_only(torch.Tensor, lambda _, name=name: {TOKENS_DIMENSION[name]: tokens}, value)
+        name: tree_map_only(torch.Tensor, lambda _, name=name: {tokens_dimension(name, FORMS[form]): tokens}, value)
         for name, value in given.items()
     }
     exported = torch.export.export(layer, (given,), dynamic_shapes=(shapes,), strict=strict)
@@ -254,6 +265,24 @@ def test_exported_program_runs_for_any_number_of_tokens(strict: bool, form: str)
         case = dataclasses.replace(FORMS[form], tokens=count)
         given = activations(case)
         assert_same(exported.module()(given), layer(given), case)
+
+
+def test_a_block_major_scale_of_mxfp8_is_exported_for_more_tokens_than_blocks() -> None:
+    """A square one would be the other order."""
+    form = FORMS["mx_block_major"]
+    layer, given = Layer(form), activations(form)
+    blocks = form.hidden // 32
+    for least, taken in ((0, False), (blocks + 1, True)):
+        case = dataclasses.replace(form, tokens=2 * blocks)
+        tokens = torch.export.Dim("tokens", min=least, max=1 << 20)
+        shapes = ({name: {tokens_dimension(name, form): tokens} for name in given},)
+        if taken:
+            exported = torch.export.export(layer, (activations(case),), dynamic_shapes=shapes, strict=False)
+            more = activations(dataclasses.replace(form, tokens=129))
+            assert_same(exported.module()(more), layer(more), form)
+        else:
+            with pytest.raises(Exception, match="tokens"):
+                torch.export.export(layer, (activations(case),), dynamic_shapes=shapes, strict=False)
 
 
 @pytest.mark.parametrize("form", RESULTS)
@@ -308,8 +337,12 @@ def test_ops_pass_torchs_own_checks(form: str, in_place: bool) -> None:
     if case.topk_weights != "packed":
         given["topk_ids"], optional["topk_weights"] = given["topk_ids"]
     options = [case.experts, case.top_k, 0, 0, case.inter, case.offset, case.local, 0]
-    options += [int(case.shuffled), case.weight_layout.value, 1, case.activation.value, int(case.do_finalize)]
-    arguments = [*(given[tensor] for tensor in torch_calls.TENSORS), options]
+    options += [int(case.shuffled), case.weight_layout.value, case.quantization.value]
+    options += [case.activation.value, int(case.do_finalize)]
+    tensors = [given[tensor] for tensor in torch_calls.TENSORS]
+    # As the facade does: torch's functionalisation fails on this dtype in ops that write an argument.
+    tensors = [t.view(torch.uint8) if t is not None and t.dtype == torch.float8_e8m0fnu else t for t in tensors]
+    arguments = [*tensors, options]
     if in_place:
         arguments.append(torch.zeros(5, 256, dtype=torch.bfloat16))
     names = {(False, False): "", (False, True): "_list", (True, False): "_out", (True, True): "_lora_out"}

@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import torch_facade  # noqa: E402
+from jax_moe import native  # noqa: E402
+from jax_moe.problem import E8M0  # noqa: E402
 from torch_facade import eager, finalization, logits, moe, ops  # noqa: E402
 
 NAME = "trtllm_fp8_block_scale_routed_moe"
@@ -37,6 +39,8 @@ FORMS = {
     "lora": dataclasses.replace(CASE, lora=True),
     "lora_apart_unfinalized": dataclasses.replace(CASE, lora=True, topk_weights="float32", do_finalize=False),
     "no_tokens": dataclasses.replace(CASE, tokens=0),
+    "mx": dataclasses.replace(CASE, **cases.MX),
+    "mx_e8m0": dataclasses.replace(CASE, **cases.MX, scale_dtype=E8M0),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 pytestmark = pytest.mark.skipif(eager.EXCHANGE_TABLE is None, reason="this torch has no DLPack exchange table")
@@ -198,6 +202,26 @@ def test_gradients_are_refused_and_wanted_by_nobody_without_grad_mode(name: str,
     assert long_way == ["moe"] * 3
 
 
+@pytest.mark.parametrize("error", [ValueError, NotImplementedError, RuntimeError])
+@pytest.mark.parametrize("form", ["finalized", "unfinalized", "parameters"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_errors_of_the_library_arrive_untouched(
+    form: str, in_place: bool, error: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What C++ says of a device or a build is what the caller reads, with its type."""
+    raised = error("this build has no CUDA kernels; move the tensors to the CPU")
+
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(native, "forward", fail)
+    case = FORMS[form]
+    output = torch.zeros(5, 256, dtype=torch.bfloat16) if in_place and case.do_finalize else None
+    with pytest.raises(error) as caught:
+        torch_calls.call(case, output=output)
+    assert caught.value is raised
+
+
 # ---- who watches or overrides calls ----------------------------------------------------------------------------------
 class SeenOps(TorchDispatchMode):
     def __init__(self) -> None:
@@ -265,6 +289,7 @@ def test_vmap_batches() -> None:
         assert_same(CASE, result, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_traces_hold_the_op() -> None:
     given = torch_calls.arguments(CASE)
     torch_calls.function(**given)

@@ -31,11 +31,13 @@ PLAIN = (
     "extreme_inf_x"
 ).split()
 # Each option alone, two of each together, and no tokens.
-PAIRS = [name for name in cases.CASES if name.startswith("pair_")]
+PAIRS = [name for name in cases.CASES if name.startswith(("pair_", "mx_pair_"))]
 OPTIONS = (
     *cases.OPTIONS,
     *PAIRS,
     *"lora_t0 lora_unfinalized lora_unfinalized_t0 apart_unfinalized_t0 apart_garbage extreme_large_geglu".split(),
+    *cases.MX_OPTIONS,
+    *"mx_t0 mx_t8 mx_bf16_t0 mx_shuffled_e300 mx_lora_unfinalized mx_lora_unfinalized_t0 extreme_mx_far_scales".split(),
 )
 SMALL = cases.CASES["t7"]
 

@@ -15,6 +15,7 @@ from torch_facade import (  # noqa: E402
     convert_to_block_layout,
     reorder_rows_for_gated_act_gemm,
     shuffle_matrix_a,
+    shuffle_matrix_sf_a,
 )
 
 DTYPES = [torch.float8_e4m3fn, torch.uint8, torch.bfloat16, torch.float32]
@@ -23,6 +24,7 @@ PREPARE: dict[str, Callable] = {
     "shuffle_128": lambda x: shuffle_matrix_a(x, 128),
     "block": lambda x: convert_to_block_layout(x, 128),
     "reorder": reorder_rows_for_gated_act_gemm,
+    "shuffle_scales": lambda x: shuffle_matrix_sf_a(x, 128),
 }
 
 
@@ -67,9 +69,21 @@ def test_halves_are_interleaved(dtype: torch.dtype) -> None:
     assert torch.equal(bits(y[:, 0::2]), bits(x[:, :6])) and torch.equal(bits(y[:, 1::2]), bits(x[:, 6:]))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_go_with_their_rows_to_the_bytes_of_the_contract(dtype: torch.dtype) -> None:
+    s = codes(2, 256, 8, dtype=dtype)
+    found = shuffle_matrix_sf_a(s, 128, num_elts_per_sf=32)
+    assert found.shape == s.shape and found.dtype == dtype and found.is_contiguous()
+    flat = bits(found).reshape(2, -1)
+    for n, c in ((0, 0), (1, 0), (32, 0), (37, 5), (127, 3), (128, 0), (130, 6), (255, 7)):
+        row = 32 * (n // 32) + 4 * (n % 32 % 8) + n % 32 // 8
+        byte = n // 128 * 2 * 512 + c // 4 * 512 + n % 32 * 16 + n % 128 // 32 * 4 + c % 4
+        assert torch.equal(flat[:, byte], s.view(torch.uint8)[:, row, c]), (n, c)
+
+
 @pytest.mark.parametrize("name", PREPARE)
 def test_one_matrix_and_a_stack_agree(name: str) -> None:
-    x = codes(2, 3, 64, 256)
+    x = codes(2, 3, 128, 256)
     whole = PREPARE[name](x)
     for i in range(2):
         for j in range(3):
@@ -78,7 +92,7 @@ def test_one_matrix_and_a_stack_agree(name: str) -> None:
 
 @pytest.mark.parametrize("name", PREPARE)
 def test_strided_tensors_and_parameters_are_read(name: str) -> None:
-    x = codes(64, 256)
+    x = codes(128, 256)
     expected = PREPARE[name](x)
     before = bits(x).clone()
     for given in (x.t().contiguous().t(), torch.nn.Parameter(x, requires_grad=False)):
@@ -88,7 +102,7 @@ def test_strided_tensors_and_parameters_are_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", PREPARE)
 def test_shapes_need_no_data(name: str) -> None:
-    x = codes(2, 64, 256)
+    x = codes(2, 128, 256)
     real = PREPARE[name](x)
     with FakeTensorMode() as mode:
         fake = PREPARE[name](mode.from_tensor(x).to("cuda:0"))
@@ -100,7 +114,7 @@ def test_shapes_need_no_data(name: str) -> None:
 
 @pytest.mark.parametrize("name", PREPARE)
 def test_compiled_equals_eager(name: str) -> None:
-    x = codes(2, 64, 256)
+    x = codes(2, 128, 256)
     compiled = torch.compile(PREPARE[name], fullgraph=True, backend="aot_eager")
     assert torch.equal(bits(compiled(x)), bits(PREPARE[name](x)))
 
@@ -132,6 +146,15 @@ def test_compiled_equals_eager(name: str) -> None:
             "convert_to_block_layout: block_k must be a positive integer, got True",
         ),
         (lambda: convert_to_block_layout(None, 128), "convert_to_block_layout: x must be a torch.Tensor, got NoneType"),
+        (
+            lambda: shuffle_matrix_sf_a(codes(128, 4), 128, 64),
+            "shuffle_matrix_sf_a: num_elts_per_sf must be 16 or 32, got 64",
+        ),
+        (
+            lambda: shuffle_matrix_sf_a(codes(128, 6), 128),
+            "shuffle_matrix_sf_a: s must be of rows that are a multiple of 128 and columns that are a multiple of 4",
+        ),
+        (lambda: shuffle_matrix_sf_a(None, 128), "shuffle_matrix_sf_a: s must be a torch.Tensor, got NoneType"),
         (
             lambda: reorder_rows_for_gated_act_gemm(codes(5, 128)),
             "reorder_rows_for_gated_act_gemm: x must be of an even number of rows, got 5",

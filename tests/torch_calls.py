@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from jax_moe.problem import E8M0
 from torch_facade import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
 from torch_facade import trtllm_fp8_block_scale_routed_moe as function
 
@@ -60,9 +61,11 @@ SPELLINGS: list[dict[str, Any]] = [
 
 def tensor(array: NDArray) -> torch.Tensor:
     """A torch copy of a numpy array, of the same dtype and strides."""
-    bits, dtype = {"float8_e4m3fn": (np.uint8, torch.float8_e4m3fn), "bfloat16": (np.int16, torch.bfloat16)}.get(
-        array.dtype.name, (array.dtype, None)
-    )
+    bits, dtype = {
+        "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn),
+        "bfloat16": (np.int16, torch.bfloat16),
+        E8M0: (np.uint8, getattr(torch, E8M0, None)),
+    }.get(array.dtype.name, (array.dtype, None))
     source = torch.from_numpy(array.view(bits).copy())
     strides = tuple(stride // array.itemsize for stride in array.strides)
     result = torch.empty_strided(array.shape, strides, dtype=source.dtype).copy_(source)

@@ -8,7 +8,9 @@ from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType
 from .finalization import finalize
 from .logits import trtllm_fp8_block_scale_moe
 from .moe import trtllm_fp8_block_scale_routed_moe
-from .weights import convert_to_block_layout, reorder_rows_for_gated_act_gemm, shuffle_matrix_a
+from .prepare import prepare_mxfp8_weights
+from .quantize import mxfp8_dequantize_host, mxfp8_quantize
+from .weights import convert_to_block_layout, reorder_rows_for_gated_act_gemm, shuffle_matrix_a, shuffle_matrix_sf_a
 
 __all__ = [
     "ActivationType",
@@ -17,8 +19,12 @@ __all__ = [
     "WeightLayout",
     "convert_to_block_layout",
     "finalize",
+    "mxfp8_dequantize_host",
+    "mxfp8_quantize",
+    "prepare_mxfp8_weights",
     "reorder_rows_for_gated_act_gemm",
     "shuffle_matrix_a",
+    "shuffle_matrix_sf_a",
     "trtllm_fp8_block_scale_moe",
     "trtllm_fp8_block_scale_routed_moe",
 ]

@@ -14,7 +14,7 @@ import torch
 
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
 from jax_moe.options import check_scaling_factor
-from jax_moe.problem import Array
+from jax_moe.problem import SCALES, Array
 
 from . import ops
 from .arguments import check_device, check_tensor, increment_version
@@ -24,6 +24,8 @@ from .plan import FUNCTION, HIDDEN_STATES, OPTIONAL, OPTIONS, TENSORS, repeatabl
 CALLS = Calls()
 GIVEN = (*ops.GIVEN, "routing_bias")  # the tensors of those calls
 NUM_EXPERTS, DO_FINALIZE = OPTIONS.index("num_experts"), OPTIONS.index("do_finalize")
+FP8_QUANTIZATION_TYPE = OPTIONS.index("fp8_quantization_type")
+E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # torch has it since 2.7
 
 
 def trtllm_fp8_block_scale_routed_moe(
@@ -63,24 +65,28 @@ def trtllm_fp8_block_scale_routed_moe(
     for the gated activations Swiglu and Geglu, M = I for Relu2 and Identity:
     out[t] = sum over k of w[t,k] * (activation(x[t] W1[e]^T + delta[t,k]) W2[e]^T), e = id[t,k] - local_expert_offset,
     where slots whose id is outside [local_expert_offset, local_expert_offset + L) contribute nothing. GEMMs accumulate
-    in float32; the activation is computed in float32 and requantised to FP8 per row and 128 columns; the sum is rounded
-    to bfloat16 once. Results are the same bit for bit from run to run. Every value of an expert id is safe. All tensors
-    live on one device, cpu or cuda (Hopper), and are contiguous unless told otherwise.
+    in float32; the activation is computed in float32 and requantised to FP8 per row and 128 columns (MxFp8: 32); the
+    sum is rounded to bfloat16 once. Results are the same bit for bit from run to run. Every value of an expert id is
+    safe. All tensors live on one device, cpu or cuda (Hopper), and are contiguous unless told otherwise.
 
     Args:
         topk_ids: int32 [T, K], packed: the upper 16 bits are the expert id (signed, -1 is padding), the lower 16 bits
             are those of the bfloat16 weight. Or a pair (topk_ids, topk_weights): int32 [T, K] plain ids, and bfloat16
             or float32 [T, K] weights, used as they are.
         routing_bias: None, or bfloat16 or float32 [E]; checked, then unused, since the tokens are routed already.
-        hidden_states: float8_e4m3fn [T, H] with its scale; or bfloat16 [T, H], quantised per 1x128 inside the call.
+        hidden_states: float8_e4m3fn [T, H] with its scale; or bfloat16 [T, H], quantised per 1x128 (MxFp8: 1x32)
+            inside the call.
         hidden_states_scale: float32 [H/128, T], any strides (`scale.t()` of a [T, H/128] is read in place, not copied);
-            None with bfloat16 hidden_states. The value of an element is its FP8 number times its scale.
+            None with bfloat16 hidden_states. The value of an element is its FP8 number times its scale. MxFp8: E8M0
+            bytes (b is 2^(b-127), 255 is NaN), uint8 or float8_e8m0fnu, [T, H/32] or [H/32, T], any strides; where T is
+            H/32, [T, H/32].
         gemm1_weights: float8_e4m3fn [L, M, H]. Of the gated activations rows 0..I-1 are the linear ("up") half, rows
             I..2I-1 the gate half, the one that silu or gelu is applied to. Swapping the two halves is the classic
             mistake: nothing can detect it. With BlockMajorK [L, H/128, M, 128].
-        gemm1_weights_scale: float32 [L, M/128, H/128], whatever the order of the weights in memory.
+        gemm1_weights_scale: float32 [L, M/128, H/128], whatever the order of the weights in memory. MxFp8: E8M0 bytes
+            [L, M, H/32], or one for each 32x32 block, [L, M/32, H/32].
         gemm2_weights: float8_e4m3fn [L, H, I]. With BlockMajorK [L, I/128, H, 128].
-        gemm2_weights_scale: float32 [L, H/128, I/128], likewise.
+        gemm2_weights_scale: float32 [L, H/128, I/128], likewise. MxFp8: [L, H, I/32], or [L, H/32, I/32] as gemm1's.
         num_experts: E, of the whole model, at most 32767.
         top_k: K, at most min(E, 32).
         n_group: number of expert groups, a divisor of E, with routing_method_type DeepSeekV3; else None, 0 or 1.
@@ -92,15 +98,18 @@ def trtllm_fp8_block_scale_routed_moe(
         routed_scaling_factor: None or a finite number, unused: the weights of topk_ids are taken as they are.
         routing_method_type: RoutingMethodType, unused but for the check of n_group and topk_group.
         use_shuffled_weight: True when the rows of both weights are in the order of `shuffle_matrix_a(weights, 64)`.
+            MxFp8: of `shuffle_matrix_a(weights, 128)`, gated gemm1_weights after `reorder_rows_for_gated_act_gemm`,
+            and their scales likewise of `shuffle_matrix_sf_a(scales, 128)`; scales for 32x32 blocks stay as they are.
         weight_layout: WeightLayout.MajorK, or BlockMajorK, the order of `convert_to_block_layout(weights, 128)`, with
-            or without shuffled rows. Weights are read in place in every order.
+            or without shuffled rows. Weights are read in place in every order. MxFp8 has MajorK only.
         do_finalize: True returns the tensor out; False stops before the weighted sum.
         enable_pdl: None, True or False; a hint, which changes no result.
         gemm1_lora_delta: None, or bfloat16 [T, K, M], added to the result of the first GEMM before the activation: row
             [t, k] belongs to slot k of token t, unweighted, its columns in the order of unshuffled gemm1_weights' rows.
         output: None, or bfloat16 [T, H], contiguous, on the same device: written in place and returned.
         tune_max_num_tokens: a positive integer, unused: there is no autotuner.
-        fp8_quantization_type: Fp8QuantizationType.DeepSeekFp8; MxFp8 is not implemented.
+        fp8_quantization_type: Fp8QuantizationType.DeepSeekFp8 or MxFp8, which this version runs on CPUs only:
+            `prepare_mxfp8_weights` makes weights for DeepSeekFp8 of those for MxFp8.
         activation_type: ActivationType.Swiglu: gate * sigmoid(alpha * gate) * (up + beta), after
             gate = min(gate, limit) and up = clamp(up, -limit, limit). Geglu: up * gelu(gate), with the exact erf.
             Relu2: max(x, 0)^2. Identity: x.
@@ -179,6 +188,8 @@ def _call(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
     }
     _check_tensors(tensors, optional, output)
     options = _options(*values)
+    if options[FP8_QUANTIZATION_TYPE] == Fp8QuantizationType.MxFp8:
+        tensors = tuple([_as_bytes(name, tensor) for name, tensor in zip(TENSORS, tensors, strict=True)])
     if routing_bias is not None:
         _check_routing_bias(routing_bias, options[NUM_EXPERTS], tensors[HIDDEN_STATES].device)
     if not options[DO_FINALIZE]:
@@ -201,10 +212,17 @@ def _call(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
 def _plan(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
     """The plan of calls like this one, which _call has checked."""
     by_name = dict(zip(GIVEN, given, strict=True))
-    call = ops.planned(given[:-1], _options(*values))
+    call = ops.planned([_as_bytes(name, by_name[name]) for name in ops.GIVEN], _options(*values))
     apart = by_name["topk_weights"] is not None
     returned = ["topk_weights" if apart and name == "expert_weights" else name for name in call.problem.returned()]
     return repeatable(call, by_name, returned)
+
+
+def _as_bytes(name: str, tensor: Any) -> Any:
+    """A scale of MxFp8 in its second dtype as uint8: torch.compile fails on it in ops that write a given output."""
+    if name in SCALES and tensor is not None and tensor.dtype == E8M0:
+        return tensor.view(torch.uint8)
+    return tensor
 
 
 def _pair(topk_ids: Any) -> Any:

@@ -42,8 +42,9 @@ OPTIONS = (
 )
 DECLARED = ("top_k", "intermediate_size", "local_num_experts")
 HIDDEN_STATES = TENSORS.index("hidden_states")
-TOKENS_DIMENSION = {"hidden_states_scale": 1} | dict.fromkeys(
-    ("topk_ids", "topk_weights", "hidden_states", "gemm1_lora_delta", "output"), 0
+# Dimensions that may be the number of tokens: of the scale either one is, as its format and its caller want it.
+TOKENS_DIMENSIONS = {"hidden_states_scale": (0, 1)} | dict.fromkeys(
+    ("topk_ids", "topk_weights", "hidden_states", "gemm1_lora_delta", "output"), (0,)
 )
 
 Allocation = tuple[tuple[Any, ...], torch.dtype]
@@ -125,6 +126,7 @@ def checked_problem(
         parsed,
         num_experts=sizes["num_experts"],
         local_expert_offset=sizes["local_expert_offset"],
+        scale_is_token_major=None,  # its shape says so
         scale_strides=tuple(scale[3]) if scale is not None and len(scale[3]) == 2 else None,
         declared={name: sizes[name] for name in DECLARED},
     )
@@ -165,8 +167,8 @@ def _array(name: str, tensor: Layout | None) -> Array | None:
     """As jax_moe.problem sees it. Sizes other than the number of tokens become plain integers."""
     if tensor is None:
         return None
-    tokens_dimension = TOKENS_DIMENSION.get(name)
-    shape = tuple(size if i == tokens_dimension else int(size) for i, size in enumerate(tensor[0]))
+    tokens_dimensions = TOKENS_DIMENSIONS.get(name, ())
+    shape = tuple(size if i in tokens_dimensions else int(size) for i, size in enumerate(tensor[0]))
     return Array(shape, str(tensor[1]).removeprefix("torch."))
 
 

@@ -26,8 +26,8 @@ JAX_MOE_INLINE float Geglu(float gate, float up) {
 JAX_MOE_INLINE float Relu2(float x) { return x < 0.f ? 0.f : x * x; }
 
 template <class Isa>
-JAX_MOE_INLINE float ActivateAndQuantizeOn(const Activation& activation, const float* x, const float* gate,
-                                           uint8_t* codes) {
+JAX_MOE_INLINE void ActivateAndQuantizeOn(const Activation& activation, const float* x, const float* gate,
+                                          uint8_t* codes, float* scale) {
   float a[kScaleBlock];
   switch (activation.type) {
     case ActivationType::kSwiglu:
@@ -40,9 +40,9 @@ JAX_MOE_INLINE float ActivateAndQuantizeOn(const Activation& activation, const f
       for (int i = 0; i < kScaleBlock; ++i) a[i] = Relu2(x[i]);
       break;
     case ActivationType::kIdentity:
-      return QuantizeBlock(x, codes);
+      return QuantizeBlock(activation.mx, x, codes, scale);
   }
-  return QuantizeBlock(a, codes);
+  QuantizeBlock(activation.mx, a, codes, scale);
 }
 
 template <class Isa>
@@ -52,7 +52,8 @@ JAX_MOE_INLINE void AddDeltaOn(const uint16_t* delta, float* values) {
 
 }  // namespace
 
-Activation::Activation(const Call& call, int64_t expert) : type(ActivationType(call.problem.activation_type)) {
+Activation::Activation(const Call& call, int64_t expert)
+    : type(ActivationType(call.problem.activation_type)), mx(call.problem.mx()) {
   const auto read = [&](const Buffer& parameter, float& value) {
     if (parameter.data) value = static_cast<const float*>(parameter.data)[expert];
   };
@@ -62,8 +63,8 @@ Activation::Activation(const Call& call, int64_t expert) : type(ActivationType(c
 }
 
 JAX_MOE_DISPATCH(void, AddDelta, (const uint16_t* delta, float* values), (delta, values))
-JAX_MOE_DISPATCH(float, ActivateAndQuantize,
-                 (const Activation& activation, const float* x, const float* gate, uint8_t* codes),
-                 (activation, x, gate, codes))
+JAX_MOE_DISPATCH(void, ActivateAndQuantize,
+                 (const Activation& activation, const float* x, const float* gate, uint8_t* codes, float* scale),
+                 (activation, x, gate, codes, scale))
 
 }  // namespace jax_moe::cpu

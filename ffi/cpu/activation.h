@@ -10,6 +10,7 @@ namespace jax_moe::cpu {
 // What the caller asked for, with the parameters of one expert.
 struct Activation {
   ActivationType type;
+  bool mx;                                                                              // how the result is quantised
   float alpha = 1.f, beta = 0.f, clamp_limit = std::numeric_limits<float>::infinity();  // Swiglu only
 
   Activation(const Call& call, int64_t expert);
@@ -18,7 +19,8 @@ struct Activation {
 // values += delta, for kScaleBlock columns. delta: bf16.
 void AddDelta(const uint16_t* delta, float* values);
 
-// codes = e4m3(a / scale) for the kScaleBlock activations a of x (not gated) or of up = x and gate; returns the scale.
-float ActivateAndQuantize(const Activation& activation, const float* x, const float* gate, uint8_t* codes);
+// The codes and the scale, or with MxFp8 four scales, of the kScaleBlock activations of x (not gated) or of up = x and
+// gate.
+void ActivateAndQuantize(const Activation& activation, const float* x, const float* gate, uint8_t* codes, float* scale);
 
 }  // namespace jax_moe::cpu

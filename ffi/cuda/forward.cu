@@ -39,7 +39,6 @@ Status Route(const Call& c) {
   r.expert_offsets = c.workspace.expert_offsets;
   r.num_m_blocks = c.workspace.num_m_blocks;
   r.m_blocks = c.workspace.m_blocks;
-  r.tickets = c.workspace.tickets;
   r.expert_weights =
       r.slots.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
   LaunchShape shape{unsigned(r.num_chunks), kRouteThreads, unsigned(r.slots.local_num_experts) * 4};
@@ -84,7 +83,7 @@ Status Gemm1(const Call& c) {
                  Floats(c.buffers.hidden_states_scale), c.p.hidden_states_scale_block_stride,
                  c.p.hidden_states_scale_token_stride};
   if (c.p.hidden_states_are_bf16()) gather = {w.x, w.permuted_idx_to_token, w.x_scale, 1, hidden / kScaleBlock};
-  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.tickets, c.config.gemm1_columns};
+  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm1_columns};
   const void* delta = c.p.has_gemm1_lora_delta ? c.buffers.gemm1_lora_delta.data : nullptr;
   const LoraDelta lora{static_cast<const uint16_t*>(delta), w.permuted_idx_to_expanded_idx, c.p.gemm1_rows()};
   const ActivationEpilogue epilogue{
@@ -105,7 +104,7 @@ Status Gemm2(const Call& c) {
   if (s.ok())
     s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &b_map, &shape);
   if (!s.ok()) return s;
-  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.tickets + 1, c.config.gemm2_columns};
+  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm2_columns};
   const Bf16Epilogue epilogue{w.y2, hidden, c.p.use_shuffled_weight != 0};
   return Launch("gemm2_sm90", gemm2_sm90, {unsigned(c.config.gemm2_grid), kGemmThreads, kGemm2SharedBytes, true},
                 c.stream, a_map, a_scale_map, b_map, shape, schedule, epilogue);
@@ -158,6 +157,7 @@ Status CheckStage(const char* stage, cudaStream_t stream) {
 
 Status Forward(const Problem& problem, const Buffers& buffers, int device, void* stream, int stages) {
   if (Status s = CheckBuffers(problem, buffers); !s.ok()) return s;
+  if (problem.mx()) return Status::Unsupported(kNoMxFp8);
   int num_sms = 0;
   if (Status s = CheckDevice(device, &num_sms); !s.ok()) return s;
   if (problem.num_tokens == 0) return {};

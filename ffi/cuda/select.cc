@@ -54,7 +54,10 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
     return int(DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers).bytes);
   };
   const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles).bytes);
-  d.h_buffers = std::clamp(24 * 1024 / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);
+  // Rows of h are read while others are multiplied: of few experts at a time, each would be waited for.
+  const int h_bytes = gemm2_bytes(1) - gemm2_bytes(0), least_buffers = int(std::min<int64_t>(p.expanded_rows(), 6));
+  d.h_buffers = std::clamp(24 * 1024 / h_bytes, 2, kMaxHBuffers);
+  if (d.h_buffers < least_buffers) d.h_buffers = std::clamp(96 * 1024 / h_bytes, 2, kMaxHBuffers);
   const int gemm2_other = gemm2_bytes(d.h_buffers);
   d.used = FitTile(p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1) &&
            FitTile(p.intermediate_size, d.slice_columns, kGemm2RingBytes, gemm2_other, 0, &d.gemm2);
@@ -92,6 +95,7 @@ Config Select(const Problem& p, int num_sms) {
 }
 
 std::string Explain(const Problem& p, int num_sms) {
+  if (p.mx()) return std::string("no kernels: ") + kNoMxFp8 + "\n";
   const Config c = Select(p, num_sms);
   std::ostringstream text;
   if (const DecodeConfig& d = c.decode; d.used) {

@@ -39,6 +39,11 @@ struct Config {
   int gemm2_columns;
 };
 
+// Why a call with MxFp8 is refused on a GPU.
+inline constexpr char kNoMxFp8[] =
+    "fp8_quantization_type must be DeepSeekFp8 on a GPU in this version, got MxFp8; fold the weights with "
+    "prepare_mxfp8_weights() and call with DeepSeekFp8, or run on the CPU";
+
 Config Select(const Problem& problem, int num_sms);
 
 }  // namespace jax_moe::cuda

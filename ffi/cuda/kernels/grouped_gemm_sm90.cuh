@@ -99,14 +99,13 @@ struct TmaA {
 // One thread feeds the ring by TMA. `full` counts one arrival. The first stages' weights are asked for before the
 // kernel that writes A has ended.
 template <class Shared>
-DEVICE void produce(Shared& shared, const TmaA& a, const CUtensorMap* b_map, const GemmShape& shape,
-                    const TileSchedule& schedule) {
+DEVICE void produce(Shared& shared, const TmaA& a, const CUtensorMap* b_map, const GemmShape& shape) {
   prefetch_tensor_map(a.map);
   prefetch_tensor_map(a.scale_map);
   prefetch_tensor_map(b_map);
   GemmCursor at;
-  TileTaker taker(schedule);
-  Tile tile = taker.peek();
+  TileReader reader;
+  Tile tile = reader.next_alone(shared.tiles);
   int early = 0;  // stages of the first tile that have their weights already
   if (tile.rows > 0) {
     GemmCursor ahead;
@@ -115,9 +114,7 @@ DEVICE void produce(Shared& shared, const TmaA& a, const CUtensorMap* b_map, con
   }
   wait_for_previous_kernel();
   let_next_kernel_start();
-  TileReader reader;
-  taker.tell(shared.tiles);
-  while ((tile = reader.next_alone(shared.tiles)).rows > 0) {
+  for (; tile.rows > 0; tile = reader.next_alone(shared.tiles)) {
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       if (early > 0) {
         --early;
@@ -126,7 +123,6 @@ DEVICE void produce(Shared& shared, const TmaA& a, const CUtensorMap* b_map, con
         load_b(shared, at, b_map, shape, tile, k, a.bytes(tile));
       }
       a.load(shared, at, tile, k);
-      if (k == 0) taker.tell(shared.tiles);
     }
   }
 }
@@ -147,9 +143,10 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
     landed.advance();
   };
   const int piece = thread % 8, pass_row = thread / 8;  // 16 bytes of a 128-byte row
-  TileTaker taker(schedule);
+  TileTeller teller(schedule);
   TileReader reader;
-  if (thread == 0) taker.tell(shared.tiles);
+  const bool tells = thread == 96;  // of another warp than the thread that feeds B
+  if (tells) teller.tell(shared.tiles);
   for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
     uint32_t source[kPasses];  // in 16-byte pieces, so that 2^36 bytes are in reach
 #pragma unroll
@@ -173,7 +170,7 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
       }
       if (has_scale) cp_async_4(smem_address(&shared.a_scale[at.stage()][thread]), scale + k * gather.block_stride);
       cp_async_commit();
-      if (k == 0 && thread == 0) taker.tell(shared.tiles);
+      if (k == 0 && tells) teller.tell(shared.tiles);
       if (in_flight == kInFlight) {
         cp_async_wait<kInFlight>();
         announce();
@@ -193,25 +190,35 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epi
   WarpgroupContext wg{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])};
   const int first_row = warpgroup * kWarpgroupRows;
   TileReader reader;
-  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
+  uint32_t b_scale[2];  // in shape.b_scale; no pointers, for registers' sake
+  float scale_b[2];
+  // The next tile and the scales of its first K block: asked for before the epilogue of the one before.
+  const auto next_tile = [&] {
+    const Tile tile = reader.next(shared.tiles);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.expert * shape.rows_per_expert + b_row(shape, tile, half);
+      b_scale[half] = uint32_t(row / 128) * uint32_t(shape.k_blocks);
+      scale_b[half] = __ldg(shape.b_scale + b_scale[half]);
+    }
+    return tile;
+  };
+  for (Tile tile = next_tile(), next; tile.rows > 0; tile = next) {
     if (first_row >= tile.rows) {  // nothing to do here but to free the stages
       for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
         shared.barriers.wait_full(at);
         __syncwarp();  // NOTE: a lane still waiting would miss the phase that a refill completes
         if (wg.lane() == 0) shared.barriers.release(at);
       }
+      next = next_tile();
       continue;
     }
     wg.rows = min(tile.rows - first_row, kWarpgroupRows);
     wg.row0 = tile.row0 + first_row;
     const int scales_before = kGathered ? 0 : tile.row0 % 4;  // of the tile's in their box
-    uint32_t b_scale[2];                                      // in shape.b_scale; no pointers, for registers' sake
-    float scale_b[2], sums[2][64], acc[64];
+    float sums[2][64], acc[64];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = tile.expert * shape.rows_per_expert + b_row(shape, tile, half);
-      b_scale[half] = uint32_t(row / 128) * uint32_t(shape.k_blocks);
-      scale_b[half] = __ldg(shape.b_scale + b_scale[half]);
 #pragma unroll
       for (int i = 0; i < 64; ++i) sums[half][i] = 0.f;
     }
@@ -256,6 +263,7 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epi
         scale_b[half] = next_scale_b[half];
       }
     }
+    next = next_tile();
     hide(wg.thread);  // the epilogue's addresses are not for the loop to carry
     epilogue.run(wg, sums, tile);
   }

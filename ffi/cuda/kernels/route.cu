@@ -82,7 +82,6 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
   if (threadIdx.x == 0) {
     p.expert_offsets[p.slots.local_num_experts] = total_rows;
     *p.num_m_blocks = total_blocks;
-    p.tickets[0] = p.tickets[1] = 0;
   }
 }
 

@@ -1,7 +1,7 @@
 // Which tile of a grouped GEMM a CTA computes next. Tiles are numbered group by group (up to 16 row blocks of one
-// expert), inside a group by weight column tile, then by row block: CTAs that run together share weight tiles in L2. A
-// CTA begins with tile blockIdx.x and then takes tickets: tiles are of unequal cost, so a fixed share would leave some
-// CTAs behind. One thread takes them, a tile ahead; the others learn of a tile through a queue in shared memory.
+// expert), inside a group by weight column tile, then by row block: CTAs that run together share weight tiles in L2.
+// Persistent CTAs take tiles blockIdx.x, blockIdx.x + gridDim.x, ... One thread looks them up, ahead of their use; the
+// others read them from a queue in shared memory.
 #pragma once
 #include "../../workspace.h"
 #include "pipeline.cuh"
@@ -19,7 +19,6 @@ struct alignas(16) Tile {
 struct TileSchedule {
   const MBlock* m_blocks;  // [*num_m_blocks]
   const int32_t* num_m_blocks;
-  int32_t* ticket;  // tiles taken after the first of each CTA
   int num_columns;  // column tiles of a row block
 
   DEVICE int num_tiles() const { return __ldcg(num_m_blocks) * num_columns; }
@@ -41,12 +40,12 @@ struct TileSchedule {
   }
 };
 
-// NOTE: deeper than the ring of stages, so that whoever feeds both never waits here for somebody who waits for a stage,
-// not even when every tile is one stage.
+// NOTE: deeper than the ring of stages, so that a thread that feeds both never waits here for somebody who waits for a
+// stage, not even when every tile is one stage.
 inline constexpr int kTileQueue = 8;
 struct TileQueue {
   Tile tiles[kTileQueue];
-  PipelineBarriers<kTileQueue> barriers;  // full: the thread that takes tickets; empty: every warp that reads tiles
+  PipelineBarriers<kTileQueue> barriers;  // full: the thread that tells; empty: every warp that reads
 };
 
 // A warp's place in the queue.
@@ -77,22 +76,23 @@ class TileReader {
   PipelineCursor<kTileQueue> at_;
 };
 
-// One thread of a CTA takes tiles and tells the others.
-class TileTaker {
+// The thread of a CTA that looks tiles up and tells the others.
+class TileTeller {
  public:
-  DEVICE explicit TileTaker(const TileSchedule& schedule)
+  DEVICE explicit TileTeller(const TileSchedule& schedule)
       : schedule_(schedule), num_tiles_(schedule.num_tiles()), index_(blockIdx.x) {}
-  // The tile that the next tell() tells.
-  DEVICE Tile peek() const { return schedule_.tile(index_, num_tiles_); }
-  DEVICE void tell(TileQueue& queue) {
-    if (done_) return;
-    const Tile tile = peek();
+
+  // Tells the next tile; returns whether there was one.
+  DEVICE bool tell(TileQueue& queue) {
+    if (done_) return false;
+    const Tile tile = schedule_.tile(index_, num_tiles_);
     done_ = tile.rows == 0;
     queue.barriers.wait_empty(at_);
     *reinterpret_cast<int4*>(&queue.tiles[at_.stage()]) = make_int4(tile.row0, tile.rows, tile.expert, tile.column);
     mbarrier_arrive(queue.barriers.full_address(at_.stage()));
     at_.advance();
-    if (!done_) index_ = gridDim.x + atomicAdd(schedule_.ticket, 1);
+    index_ += gridDim.x;
+    return !done_;
   }
 
  private:
