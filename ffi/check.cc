@@ -5,11 +5,8 @@
 #include "moe.h"
 
 namespace jax_moe {
-namespace {
 
-constexpr int64_t kAlignment = 16;  // TMA, cp.async and 16-byte stores
-
-Status CheckBuffer(const char* name, const Buffer& buffer, int64_t bytes, int64_t alignment = kAlignment) {
+Status CheckBuffer(const char* name, const Buffer& buffer, int64_t bytes, int64_t alignment) {
   if (bytes == 0) return {};
   if (buffer.data == nullptr || buffer.bytes < bytes)
     return Status::Invalid(std::string(name) + " must hold " + std::to_string(bytes) + " bytes, got " +
@@ -18,6 +15,10 @@ Status CheckBuffer(const char* name, const Buffer& buffer, int64_t bytes, int64_
     return Status::Invalid(std::string(name) + " must be aligned to " + std::to_string(alignment) + " bytes");
   return {};
 }
+
+namespace {
+
+constexpr int64_t kAlignment = 16;  // TMA, cp.async and 16-byte stores
 
 Status CheckOptions(const Problem& p) {
   const auto is = [](int64_t value, auto... members) { return ((value == int64_t(members)) || ...); };
@@ -68,9 +69,7 @@ Status CheckBuffers(const Problem& p, const Buffers& b) {
           : (h_blocks - 1) * p.hidden_states_scale_block_stride + (T - 1) * p.hidden_states_scale_token_stride + 1;
   if (p.hidden_states_scale_block_stride < 0 || p.hidden_states_scale_token_stride < 0)
     return Status::Invalid("hidden_states_scale must have non-negative strides");
-  const int64_t weight_bytes = p.topk_weights_dtype == int64_t(DataType::kFloat32)    ? 4
-                               : p.topk_weights_dtype == int64_t(DataType::kBFloat16) ? 2
-                                                                                      : 0;
+  const int64_t weight_bytes = ElementBytes(p.topk_weights_dtype);
   const bool finalize = p.do_finalize, lora = p.has_gemm1_lora_delta;
   const auto per_expert = [&](const Buffer& b) { return b.data ? L * 4 : 0; };
   const struct {

@@ -5,10 +5,6 @@
 namespace jax_moe {
 namespace {
 
-int64_t ElementBytes(int64_t dtype) {
-  return dtype == int64_t(DataType::kFloat32) ? 4 : dtype == int64_t(DataType::kBFloat16) ? 2 : 0;
-}
-
 Status CheckFields(const RoutingProblem& p) {
   if (p.method < int64_t(RoutingMethodType::kDefault) || p.method > int64_t(RoutingMethodType::kSigmoid))
     return Status::Invalid("routing_method_type must be in [0, 8], got " + std::to_string(p.method));
@@ -44,15 +40,8 @@ Status CheckRouting(const RoutingProblem& p, const RoutingBuffers& b) {
       {"topk_ids", b.topk_ids, p.num_tokens * p.top_k, 4},
       {"topk_weights", b.topk_weights, p.num_tokens * p.top_k, 4},
   };
-  for (const auto& e : expected) {
-    if (e.count == 0) continue;
-    const int64_t bytes = e.count * e.element_bytes;
-    if (e.buffer.data == nullptr || e.buffer.bytes < bytes)
-      return Status::Invalid(std::string(e.name) + " must hold " + std::to_string(bytes) + " bytes, got " +
-                             std::to_string(e.buffer.data ? e.buffer.bytes : 0));
-    if (reinterpret_cast<uintptr_t>(e.buffer.data) % e.element_bytes != 0)
-      return Status::Invalid(std::string(e.name) + " must be aligned to " + std::to_string(e.element_bytes) + " bytes");
-  }
+  for (const auto& e : expected)
+    if (Status s = CheckBuffer(e.name, e.buffer, e.count * e.element_bytes, e.element_bytes); !s.ok()) return s;
   return {};
 }
 

@@ -1,16 +1,15 @@
-// The Python module jax_moe._native: the only file that sees Python. A raw layer: pointers and sizes as integers, in
-// the order of moe.h. jax_moe/native.py is its one caller.
+// The Python module jax_moe._native. A raw layer: pointers and sizes as integers, in the order of moe.h, routing.h and
+// finalize.h. jax_moe/native.py is its one caller.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <iterator>
 #include <new>
-#include <stdexcept>
 
-#include "moe.h"
-#include "routing.h"
+#include "backends.h"
+#include "python_calls.h"
+#include "python_status.h"
 #include "xla_handlers.h"
 
 #if JAX_MOE_HAS_CUDA
@@ -18,94 +17,111 @@
 #endif
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace jax_moe {
 namespace {
 
-constexpr int64_t Problem::* kFields[] = {
-#define FIELD(name) &Problem::name,
-    JAX_MOE_PROBLEM_FIELDS(FIELD)
+using Integers = std::vector<int64_t>;
+using Pointers = std::vector<uintptr_t>;
+
+#define FIELD(name) &Struct::name,
+#define BUFFER(name) &Struct::name,
+template <class Struct>
+struct MembersOf;  // the struct's fields or buffers, in order
+template <>
+struct MembersOf<Problem> {
+  using Struct = Problem;
+  static constexpr int64_t Struct::* kList[] = {JAX_MOE_PROBLEM_FIELDS(FIELD)};
+};
+template <>
+struct MembersOf<Buffers> {
+  using Struct = Buffers;
+  static constexpr Buffer Struct::* kList[] = {JAX_MOE_INPUTS(BUFFER) JAX_MOE_OUTPUTS(BUFFER)};
+};
+template <>
+struct MembersOf<RoutingProblem> {
+  using Struct = RoutingProblem;
+  static constexpr int64_t Struct::* kList[] = {JAX_MOE_ROUTING_FIELDS(FIELD)};
+};
+template <>
+struct MembersOf<RoutingBuffers> {
+  using Struct = RoutingBuffers;
+  static constexpr Buffer Struct::* kList[] = {JAX_MOE_ROUTING_BUFFERS(BUFFER)};
+};
+template <>
+struct MembersOf<FinalizeProblem> {
+  using Struct = FinalizeProblem;
+  static constexpr int64_t Struct::* kList[] = {JAX_MOE_FINALIZE_FIELDS(FIELD)};
+};
+template <>
+struct MembersOf<FinalizeBuffers> {
+  using Struct = FinalizeBuffers;
+  static constexpr Buffer Struct::* kList[] = {JAX_MOE_FINALIZE_BUFFERS(BUFFER)};
+};
 #undef FIELD
-};
-constexpr Buffer Buffers::* kBuffers[] = {
-#define BUFFER(name) &Buffers::name,
-    JAX_MOE_INPUTS(BUFFER) JAX_MOE_OUTPUTS(BUFFER)
 #undef BUFFER
-};
 
-[[noreturn]] void RaiseNotImplemented(const std::string& text) {
-  PyErr_SetString(PyExc_NotImplementedError, text.c_str());
-  throw nb::python_error();
-}
-
-void RaiseUnlessOk(const Status& status) {
-  switch (status.code) {
-    case StatusCode::kOk:
-      return;
-    case StatusCode::kInvalidArgument:
-      throw nb::value_error(status.message.c_str());
-    case StatusCode::kUnsupported:
-      RaiseNotImplemented(status.message);
-    case StatusCode::kInternal:
-      throw std::runtime_error(status.message);
-  }
-}
-
-// A struct from the values of its members, in order. `name` begins the message when there are not as many.
-template <class Struct, size_t kCount>
-Struct FromFields(const char* name, int64_t Struct::* const (&members)[kCount], const std::vector<int64_t>& fields) {
-  if (fields.size() != kCount)
-    throw nb::value_error((std::string(name) + ": fields must be " + std::to_string(kCount) + " integers, got " +
-                           std::to_string(fields.size()))
-                              .c_str());
+template <class Struct>
+Struct FromFields(const Integers& fields) {
+  constexpr auto& members = MembersOf<Struct>::kList;
+  if (fields.size() != std::size(members))
+    throw nb::value_error(
+        ("fields must be " + std::to_string(std::size(members)) + " integers, got " + std::to_string(fields.size()))
+            .c_str());
   Struct result;
-  for (size_t i = 0; i < kCount; ++i) result.*members[i] = fields[i];
+  for (size_t i = 0; i < std::size(members); ++i) result.*members[i] = fields[i];
   return result;
 }
 
-template <class Struct, size_t kCount>
-Struct FromPointers(const char* function, Buffer Struct::* const (&members)[kCount],
-                    const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes) {
-  if (pointers.size() != kCount || sizes.size() != kCount)
-    throw nb::value_error((std::string(function) + ": pointers and sizes must have " + std::to_string(kCount) +
-                           " entries, got " + std::to_string(pointers.size()) + " and " + std::to_string(sizes.size()))
+template <class Struct>
+Struct FromPointers(const Pointers& pointers, const Integers& sizes) {
+  constexpr auto& members = MembersOf<Struct>::kList;
+  if (pointers.size() != std::size(members) || sizes.size() != std::size(members))
+    throw nb::value_error(("pointers and sizes must have " + std::to_string(std::size(members)) + " entries, got " +
+                           std::to_string(pointers.size()) + " and " + std::to_string(sizes.size()))
                               .c_str());
   Struct buffers;
-  for (size_t i = 0; i < kCount; ++i) buffers.*members[i] = {reinterpret_cast<void*>(pointers[i]), sizes[i]};
+  for (size_t i = 0; i < std::size(members); ++i)
+    buffers.*members[i] = {reinterpret_cast<void*>(pointers[i]), sizes[i]};
   return buffers;
 }
 
-// Runs `work()` without Python's lock and raises what its Status says.
-template <class Work>
-void Run(const Work& work) {
-  Status status;
-  {
-    nb::gil_scoped_release released;
-    status = work();
-  }
-  RaiseUnlessOk(status);
+// A problem's class, and two functions of its op: a plan of it, and `name`, which runs it at once.
+template <class ProblemT, class BuffersT>
+void BindOp(nb::module_& m, nb::class_<ProblemT> problem_class, const char* name, const char* plan_name,
+            Status (*run)(const ProblemT&, const BuffersT&, int device, void* stream)) {
+  problem_class.def(
+      "__init__", [](ProblemT* self, const Integers& fields) { new (self) ProblemT(FromFields<ProblemT>(fields)); },
+      "fields"_a);
+  m.def(
+      name,
+      [run](const ProblemT& problem, const Pointers& pointers, const Integers& sizes, int device, uintptr_t stream) {
+        const auto buffers = FromPointers<BuffersT>(pointers, sizes);
+        RunUnlocked([&] { return run(problem, buffers, device, reinterpret_cast<void*>(stream)); });
+      },
+      "problem"_a, "pointers"_a, "sizes"_a, "device"_a, "stream"_a);
+  m.def(
+      plan_name,
+      [run](const ProblemT& problem, const Integers& sizes, std::vector<int> arrays_of_buffers,
+            std::vector<nb::callable> allocate, std::vector<int> returned, bool returns_list) {
+        const auto launch = [=](const Pointers& pointers, int device, void* stream) {
+          return run(problem, FromPointers<BuffersT>(pointers, sizes), device, stream);
+        };
+        return Plan{launch, std::move(arrays_of_buffers), std::move(allocate), std::move(returned), returns_list};
+      },
+      "problem"_a, "sizes"_a, "arrays_of_buffers"_a, "allocate"_a, "returned"_a, "returns_list"_a);
 }
-
-void ForwardCpu(const Problem& problem, const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes,
-                int stages) {
-  const Buffers buffers = FromPointers("forward", kBuffers, pointers, sizes);
-  Run([&] { return cpu::Forward(problem, buffers, stages); });
-}
-
-#if JAX_MOE_HAS_CUDA
-constexpr int kCudaRuntime = JAX_MOE_CUDA_RUNTIME;
-
-void ForwardCuda(const Problem& problem, const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes,
-                 int device, uintptr_t stream, int stages) {
-  const Buffers buffers = FromPointers("forward", kBuffers, pointers, sizes);
-  Run([&] { return cuda::Forward(problem, buffers, device, reinterpret_cast<void*>(stream), stages); });
-}
-
-std::string Explain(const Problem& problem, int num_sms) { return cuda::Explain(problem, num_sms); }
 
 nb::dict CudaReport() {
-  const cuda::DeviceReport found = cuda::ReportDevices();
   nb::list gpus;
+  nb::dict report;
+  report["built"] = bool(JAX_MOE_HAS_CUDA);
+  report["error"] = CheckCudaBuild().message;
+  report["driver_version"] = 0;
+  report["runtime_version"] = 0;
+#if JAX_MOE_HAS_CUDA
+  const cuda::DeviceReport found = cuda::ReportDevices();
   for (const auto& gpu : found.gpus) {
     nb::dict entry;
     entry["name"] = gpu.name;
@@ -115,72 +131,13 @@ nb::dict CudaReport() {
     entry["memory_bytes"] = gpu.memory_bytes;
     gpus.append(entry);
   }
-  nb::dict report;
-  report["built"] = true;
   report["error"] = found.error;
   report["driver_version"] = found.driver_version;
   report["runtime_version"] = found.runtime_version;
+#endif
   report["gpus"] = gpus;
   return report;
 }
-#else
-constexpr int kCudaRuntime = 0;
-constexpr char kNoCuda[] =
-    "this build has no CUDA kernels; reinstall it where a CUDA compiler works (JAX_MOE_CUDA=ON says why none does)";
-
-void ForwardCuda(const Problem&, const std::vector<uintptr_t>&, const std::vector<int64_t>&, int, uintptr_t, int) {
-  RaiseNotImplemented(kNoCuda);
-}
-
-std::string Explain(const Problem&, int) { RaiseNotImplemented(kNoCuda); }
-
-nb::dict CudaReport() {
-  nb::dict report;
-  report["built"] = false;
-  report["error"] = kNoCuda;
-  report["driver_version"] = 0;
-  report["runtime_version"] = 0;
-  report["gpus"] = nb::list();
-  return report;
-}
-#endif
-
-// ---- routing from logits ----
-constexpr int64_t RoutingProblem::* kRoutingFields[] = {
-#define FIELD(name) &RoutingProblem::name,
-    JAX_MOE_ROUTING_FIELDS(FIELD)
-#undef FIELD
-};
-constexpr Buffer RoutingBuffers::* kRoutingBuffers[] = {
-#define BUFFER(name) &RoutingBuffers::name,
-    JAX_MOE_ROUTING_BUFFERS(BUFFER)
-#undef BUFFER
-};
-
-RoutingProblem MakeRoutingProblem(const std::vector<int64_t>& fields, double routed_scaling_factor) {
-  RoutingProblem problem = FromFields("RoutingProblem", kRoutingFields, fields);
-  problem.routed_scaling_factor = routed_scaling_factor;
-  return problem;
-}
-
-void RouteLogitsCpu(const RoutingProblem& problem, const std::vector<uintptr_t>& pointers,
-                    const std::vector<int64_t>& sizes) {
-  const RoutingBuffers buffers = FromPointers("route_logits", kRoutingBuffers, pointers, sizes);
-  Run([&] { return cpu::RouteLogits(problem, buffers); });
-}
-
-#if JAX_MOE_HAS_CUDA
-void RouteLogitsCuda(const RoutingProblem& problem, const std::vector<uintptr_t>& pointers,
-                     const std::vector<int64_t>& sizes, int device, uintptr_t stream) {
-  const RoutingBuffers buffers = FromPointers("route_logits", kRoutingBuffers, pointers, sizes);
-  Run([&] { return cuda::RouteLogits(problem, buffers, device, reinterpret_cast<void*>(stream)); });
-}
-#else
-void RouteLogitsCuda(const RoutingProblem&, const std::vector<uintptr_t>&, const std::vector<int64_t>&, int,
-                     uintptr_t) {
-  RaiseNotImplemented(kNoCuda);
-}
-#endif
 
 std::pair<int, int> FfiApi() {
   const FfiApiVersion version = CompiledFfiApiVersion();
@@ -189,7 +146,7 @@ std::pair<int, int> FfiApi() {
 
 nb::dict RegistrationCapsules() {
   nb::dict cpu, cuda;
-  for (const std::vector<Registration>& entries : {Registrations(), RouteRegistrations()})
+  for (const std::vector<Registration>& entries : {Registrations(), RouteRegistrations(), FinalizeRegistrations()})
     for (const Registration& entry : entries)
       (entry.platform == "cpu" ? cpu : cuda)[entry.target.c_str()] = nb::capsule(entry.handler);
   nb::dict result;
@@ -202,7 +159,7 @@ nb::dict BuildInfo() {
   nb::dict info;
   info["version"] = JAX_MOE_VERSION;
   info["cuda"] = bool(JAX_MOE_HAS_CUDA);
-  info["cuda_runtime"] = kCudaRuntime;
+  info["cuda_runtime"] = JAX_MOE_CUDA_RUNTIME;
   info["compiler"] = JAX_MOE_COMPILER;
   info["ffi_api"] = FfiApi();
   return info;
@@ -213,15 +170,26 @@ nb::dict BuildInfo() {
 
 NB_MODULE(_native, m) {
   using namespace jax_moe;
-  using namespace nb::literals;
+  nb::set_leak_warnings(false);  // torch's registry of ops keeps plans to the end of the process
   m.doc() = "Compiled FP8 mixture-of-experts kernels; see jax_moe.native.";
-  nb::class_<Problem>(m, "Problem", "One call: integers in the order of jax_moe.problem.Problem's fields.")
-      .def(
-          "__init__",
-          [](Problem* self, const std::vector<int64_t>& fields) {
-            new (self) Problem(FromFields("Problem", kFields, fields));
-          },
-          "fields"_a);
+  nb::class_<Plan>(m, "Plan", "What a call of certain layouts and options does: ffi/python_calls.h.");
+  nb::class_<PlannedCalls>(m, "PlannedCalls", "Finds the plan of a call from its Python objects and runs it.")
+      .def(nb::init<nb::capsule, nb::tuple, std::vector<nb::callable>, nb::callable, nb::object>(), "table"_a,
+           "types"_a, "watchers"_a, "is_grad_enabled"_a, "current_gpu"_a.none())
+      .def("run", &PlannedCalls::Run, "tensors"_a, "options"_a)
+      .def("keep", &PlannedCalls::Keep, "tensors"_a, "options"_a, "plan"_a);
+
+  BindOp<Problem, Buffers>(
+      m, nb::class_<Problem>(m, "Problem", "A call: the fields of ffi/moe.h."), "forward", "plan_forward",
+      [](const Problem& p, const Buffers& b, int device, void* stream) { return Forward(p, b, device, stream); });
+  m.def(
+      "forward_stages",
+      [](const Problem& problem, const Pointers& pointers, const Integers& sizes, int device, uintptr_t stream,
+         int stages) {
+        const auto buffers = FromPointers<Buffers>(pointers, sizes);
+        RunUnlocked([&] { return Forward(problem, buffers, device, reinterpret_cast<void*>(stream), stages); });
+      },
+      "problem"_a, "pointers"_a, "sizes"_a, "device"_a, "stream"_a, "stages"_a);
   m.def("abi_text", &AbiText);
   m.def(
       "workspace_size",
@@ -230,19 +198,28 @@ NB_MODULE(_native, m) {
         return std::pair(size.constant, size.per_token);
       },
       "problem"_a);
-  m.def("forward_cpu", &ForwardCpu, "problem"_a, "pointers"_a, "sizes"_a, "stages"_a);
-  m.def("forward_cuda", &ForwardCuda, "problem"_a, "pointers"_a, "sizes"_a, "device"_a, "stream"_a, "stages"_a);
-  nb::class_<RoutingProblem>(m, "RoutingProblem", "A call that routes from logits: the fields of ffi/routing.h.")
-      .def(
-          "__init__",
-          [](RoutingProblem* self, const std::vector<int64_t>& fields, double routed_scaling_factor) {
-            new (self) RoutingProblem(MakeRoutingProblem(fields, routed_scaling_factor));
-          },
-          "fields"_a, "routed_scaling_factor"_a);
+  m.def(
+      "explain",
+      [](const Problem& problem, int num_sms) {
+        std::string text;
+        RaiseUnlessOk(Explain(problem, num_sms, &text));
+        return text;
+      },
+      "problem"_a, "num_sms"_a);
+
+  BindOp<RoutingProblem, RoutingBuffers>(
+      m,
+      nb::class_<RoutingProblem>(m, "RoutingProblem", "A call that routes from logits: the fields of ffi/routing.h.")
+          .def_rw("routed_scaling_factor", &RoutingProblem::routed_scaling_factor),
+      "route_logits", "plan_route_logits", &RouteLogits);
   m.def("routing_abi_text", &RoutingAbiText);
-  m.def("route_logits_cpu", &RouteLogitsCpu, "problem"_a, "pointers"_a, "sizes"_a);
-  m.def("route_logits_cuda", &RouteLogitsCuda, "problem"_a, "pointers"_a, "sizes"_a, "device"_a, "stream"_a);
-  m.def("explain", &Explain, "problem"_a, "num_sms"_a);
+
+  BindOp<FinalizeProblem, FinalizeBuffers>(
+      m,
+      nb::class_<FinalizeProblem>(m, "FinalizeProblem", "A call that finalises apart: the fields of ffi/finalize.h."),
+      "finalize", "plan_finalize", &FinalizeRows);
+  m.def("finalize_abi_text", &FinalizeAbiText);
+
   m.def("registrations", &RegistrationCapsules);
   m.def("ffi_api_version", &FfiApi);
   m.def("build_info", &BuildInfo);

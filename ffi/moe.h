@@ -13,6 +13,11 @@ enum class Fp8QuantizationType : int64_t { kNoneFp8 = 0, kDeepSeekFp8 = 1, kMxFp
 enum class ActivationType : int64_t { kSwiglu = 3, kGeglu = 4, kRelu2 = 6, kIdentity = 7 };
 enum class WeightLayout : int64_t { kMajorK = 0, kMajorMn = 1, kBlockMajorK = 2 };
 
+// Of the float types that arrays apart from the weights may have; 0 for others.
+inline int64_t ElementBytes(int64_t dtype) {
+  return dtype == int64_t(DataType::kFloat32) ? 4 : dtype == int64_t(DataType::kBFloat16) ? 2 : 0;
+}
+
 // Columns that share one scale with DeepSeekFp8 (float32), also the K extent of a step of the GEMMs; and with MxFp8
 // (E8M0: byte b is 2^(b - 127), 255 is NaN).
 inline constexpr int64_t kScaleBlock = 128;
@@ -125,7 +130,8 @@ enum Stage : int { kRoute = 1, kPermute = 2, kGemm1 = 4, kGemm2 = 8, kFinalize =
 // Shared by the backends (ffi/workspace.cc, ffi/check.cc).
 AffineBytes WorkspaceSize(const Problem& problem);                    // the same for every backend and device
 Status CheckBuffers(const Problem& problem, const Buffers& buffers);  // sizes that could corrupt memory, alignment
-std::string AbiText();                                                // fields, buffers and enums, for problem.py
+Status CheckBuffer(const char* name, const Buffer& buffer, int64_t bytes, int64_t alignment);  // of one array
+std::string AbiText();  // fields, buffers and enums, for problem.py
 
 namespace cpu {
 Status Forward(const Problem& problem, const Buffers& buffers, int stages = kAllStages);

@@ -11,8 +11,9 @@ struct Registration {
   std::string target;
   void* handler;  // XLA_FFI_Handler*
 };
-std::vector<Registration> Registrations();       // the mixture of experts: ffi/xla_handlers.cc
-std::vector<Registration> RouteRegistrations();  // routing from logits: ffi/xla_route_handler.cc
+std::vector<Registration> Registrations();          // the mixture of experts: ffi/xla_handlers.cc
+std::vector<Registration> RouteRegistrations();     // routing from logits: ffi/xla_route_handler.cc
+std::vector<Registration> FinalizeRegistrations();  // finalising apart: ffi/xla_finalize_handler.cc
 
 // The XLA FFI API that the handlers were compiled against.
 struct FfiApiVersion {

@@ -34,18 +34,6 @@ constexpr char kFunction[] = "route: ";
 
 using ffi::AnyBuffer;
 
-Buffer Place(const AnyBuffer& array) {
-  if (array.element_count() == 0) return {};
-  return {array.untyped_data(), static_cast<int64_t>(array.size_bytes())};
-}
-
-// kNone for other types, which the check of the problem refuses.
-int64_t FloatType(ffi::DataType dtype) {
-  return int64_t(dtype == ffi::DataType::BF16  ? DataType::kBFloat16
-                 : dtype == ffi::DataType::F32 ? DataType::kFloat32
-                                               : DataType::kNone);
-}
-
 // Both platforms: reads the call, then runs `route(problem, buffers)`. Nothing is thrown into XLA.
 template <class Route>
 ffi::Error Handle(const RouteAttributes& attributes, const AnyBuffer& logits, const AnyBuffer& bias, AnyBuffer& ids,

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
+    from .finalization import finalize
     from .layout import (
         convert_to_block_layout,
         reorder_rows_for_gated_act_gemm,
@@ -41,6 +42,7 @@ __all__ = [
     "dequantize_activations",
     "dequantize_weights",
     "export_checks",
+    "finalize",
     "fp8_block_scale_moe",
     "fp8_block_scale_routed_moe",
     "mxfp8_dequantize",
@@ -59,6 +61,7 @@ __all__ = [
 # Module -> the public names that it has.
 _HOMES = {
     "enums": ("ActivationType", "Fp8QuantizationType", "RoutingMethodType", "WeightLayout"),
+    "finalization": ("finalize",),
     "layout": (
         "convert_to_block_layout",
         "reorder_rows_for_gated_act_gemm",

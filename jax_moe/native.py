@@ -12,19 +12,22 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from . import finalize_problem, routing_problem
 from . import problem as contract
-from . import routing_problem
 
 TARGET = "jax_moe.fp8_block_scale_routed_moe.v1"  # of the XLA custom call, on every platform
 ROUTE_LOGITS_TARGET = "jax_moe.route_logits.v1"
-TARGETS = (TARGET, ROUTE_LOGITS_TARGET)
+FINALIZE_TARGET = "jax_moe.finalize.v1"
+TARGETS = (TARGET, ROUTE_LOGITS_TARGET, FINALIZE_TARGET)
 
 ROUTE, PERMUTE, GEMM1, GEMM2, FINALIZE = 1, 2, 4, 8, 16  # stages of a call; ffi/moe.h: Stage
 ALL_STAGES = ROUTE | PERMUTE | GEMM1 | GEMM2 | FINALIZE
+
+ON_CPU = -1  # the compiled functions' word for device None; ffi/backends.h
 
 _EXTENSION = f"{__package__}._native"
 
@@ -35,6 +38,7 @@ def load() -> ModuleType:
     extension = _import_extension()
     check_abi(extension.abi_text())
     check_abi(extension.routing_abi_text(), routing_problem.abi_text())
+    check_abi(extension.finalize_abi_text(), finalize_problem.abi_text())
     return extension
 
 
@@ -131,16 +135,16 @@ def forward(
     work is on `stream` (a cudaStream_t of that device). Raises ValueError for sizes or alignment that do not fit the
     problem, NotImplementedError for what this build or device cannot do, RuntimeError for a failed launch.
     """
-    if device is None:
-        load().forward_cpu(handle(problem), pointers, sizes, stages)
-    else:
-        load().forward_cuda(handle(problem), pointers, sizes, device, stream, stages)
+    where = ON_CPU if device is None else device
+    load().forward_stages(handle(problem), pointers, sizes, where, stream, stages)
 
 
 @functools.lru_cache(maxsize=4096)
 def routing_handle(problem: routing_problem.RoutingProblem) -> Any:
     """The C++ RoutingProblem of `problem`."""
-    return load().RoutingProblem(problem.fields(), problem.routed_scaling_factor)
+    result = load().RoutingProblem(problem.fields())
+    result.routed_scaling_factor = problem.routed_scaling_factor
+    return result
 
 
 def route_logits(
@@ -155,10 +159,54 @@ def route_logits(
 
     device, stream and errors are those of `forward`.
     """
-    if device is None:
-        load().route_logits_cpu(routing_handle(problem), pointers, sizes)
-    else:
-        load().route_logits_cuda(routing_handle(problem), pointers, sizes, device, stream)
+    load().route_logits(routing_handle(problem), pointers, sizes, ON_CPU if device is None else device, stream)
+
+
+@functools.lru_cache(maxsize=4096)
+def finalize_handle(problem: finalize_problem.FinalizeProblem) -> Any:
+    """The C++ FinalizeProblem of `problem`."""
+    return load().FinalizeProblem(problem.fields())
+
+
+def finalize(
+    problem: finalize_problem.FinalizeProblem,
+    pointers: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    device: int | None = None,
+    stream: int = 0,
+) -> None:
+    """Finalises apart on the arrays at `pointers`, of `sizes` bytes: finalize_problem.BUFFERS, 0 and 0 where empty.
+
+    device, stream and errors are those of `forward`.
+    """
+    load().finalize(finalize_handle(problem), pointers, sizes, ON_CPU if device is None else device, stream)
+
+
+def plan_forward(
+    problem: contract.Problem,
+    sizes: Sequence[int],
+    arrays_of_buffers: Sequence[int],
+    allocate: Sequence[Callable[[], Any]],
+    returned: Sequence[int],
+    returns_list: bool,
+) -> Any:
+    """What a call of `problem` does, for the library's PlannedCalls.
+
+    Arrays are numbered: the given ones, then those that `allocate` makes. arrays_of_buffers has that of each buffer of
+    INPUTS then OUTPUTS, of `sizes` bytes, -1 where absent. The arrays `returned` are the result: as a list, or the one.
+    """
+    return load().plan_forward(handle(problem), sizes, arrays_of_buffers, allocate, returned, returns_list)
+
+
+def plan_route_logits(problem: routing_problem.RoutingProblem, *rest: Any) -> Any:
+    """`plan_forward` for routing from logits: the buffers are routing_problem.BUFFERS."""
+    return load().plan_route_logits(routing_handle(problem), *rest)
+
+
+def plan_finalize(problem: finalize_problem.FinalizeProblem, *rest: Any) -> Any:
+    """`plan_forward` for finalising apart: the buffers are finalize_problem.BUFFERS."""
+    return load().plan_finalize(finalize_handle(problem), *rest)
 
 
 def explain(problem: contract.Problem, num_sms: int = 132) -> str:

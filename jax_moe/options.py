@@ -6,8 +6,9 @@ Imports neither jax nor torch. Errors follow `<function>: <argument> must be <ex
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
 
@@ -54,6 +55,7 @@ class Options:
             topk_group,
             routed_scaling_factor,
         )
+        check_scaling_factor(function, routed_scaling_factor)
         options._check_combination(function)
         return options
 
@@ -96,6 +98,15 @@ def invalid(function: str, argument: str, expected: str, got: object) -> ValueEr
 def is_int(value: object) -> TypeGuard[int]:
     """Python's or numpy's integer, not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_scaling_factor(function: str, value: Any) -> None:
+    """routed_scaling_factor, where it is used and where it is not."""
+    if value is None:
+        return
+    # NOTE: compared, not math.isfinite, which torch.compile cannot trace for a float that it made symbolic.
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not -math.inf < float(value) < math.inf:
+        raise invalid(function, "routed_scaling_factor", "None or a finite number", repr(value))
 
 
 def _flag(function: str, argument: str, value: object) -> bool:

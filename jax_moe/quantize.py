@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from . import layout
@@ -17,6 +18,7 @@ from .problem import E8M0, MX_SCALE_BLOCK, SCALE_BLOCK
 E4M3_MAX = 448.0
 MIN_SCALE = 1.17549435e-38  # smallest normal float32
 SMALLEST_NORMAL_E4M3 = 2.0**-6  # below it, codes are 2^-9 apart
+SMALL = 2.0**-64  # float32 below it is scaled up before its remainders are taken
 MX_NAN = 255  # the E8M0 byte
 
 
@@ -26,9 +28,8 @@ def quantize_activations(x: ArrayLike) -> tuple[jax.Array, jax.Array]:
     x: float32, bfloat16 or float16 [num_tokens, hidden_size], hidden_size a multiple of 128.
     Returns (float8_e4m3fn [num_tokens, hidden_size], float32 scale [hidden_size/128, num_tokens]).
     A NaN stays NaN and leaves its block's scale alone; an infinity becomes NaN and the rest of its block 0 with an
-    infinite scale. On CPUs the result is the correctly rounded one, bit for bit; on a GPU XLA divides with an error of
-    up to 2 ulp, which may move a value that lies on a rounding boundary by one code. XLA takes magnitudes below
-    1.18e-38 (denormal numbers) for zeros on CPUs.
+    infinite scale. The result is the correctly rounded one, bit for bit, the same as inside the call, also where XLA
+    divides approximately. XLA takes magnitudes below 1.18e-38 (denormal numbers) for zeros on CPUs.
     Raises ValueError for another dtype, rank or hidden_size.
     """
     x = _floats("quantize_activations", "x", x)
@@ -171,12 +172,57 @@ def _padded(size: int, multiple: int) -> int:
 def _quantize_blocks(blocks: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Codes of `blocks`, whose `axes` share a scale, and those scales with `axes` kept as 1."""
     blocks = blocks.astype(jnp.float32)
-    is_nan = jnp.isnan(blocks)
-    amax = jnp.max(jnp.where(is_nan, 0.0, jnp.abs(blocks)), axis=axes, keepdims=True, initial=0.0)
-    # NOTE: XLA turns a division by a constant or by a broadcast array into a multiplication with the reciprocal, which
-    # rounds twice. A divisor that is chosen per element keeps it a division; neither choice changes a result.
-    scale = jnp.maximum(amax / jnp.where(jnp.isinf(amax), 1.0, E4M3_MAX), MIN_SCALE)
-    return to_e4m3(blocks / jnp.where(is_nan, 1.0, scale)), scale
+    amax = jnp.max(jnp.where(jnp.isnan(blocks), 0.0, jnp.abs(blocks)), axis=axes, keepdims=True, initial=0.0)
+    scale = jnp.maximum(_divided_by_448(amax), MIN_SCALE)
+    return to_e4m3(_quotient_between_codes(blocks, scale)), scale
+
+
+# NOTE: XLA's quotient is not the correctly rounded one: it multiplies with reciprocals, and divides approximately on a
+# GPU. The two functions below take any quotient that is right to some bits and repair it by its exact remainder.
+def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """x / y, within a few ulp."""
+    return x / y
+
+
+def _divided_by_448(x: jax.Array) -> jax.Array:
+    """x / 448 rounded once, for x >= 0, if that is a normal number. No quotient by 7 x 2^6 lies near a tie."""
+    normal = jnp.where(x < SMALL, 1 / SMALL, 1.0)  # where remainders would be denormal
+    quotient = _divide(x * normal, E4M3_MAX)
+    repaired = quotient + _divide(_remainder(x * normal, quotient, E4M3_MAX), E4M3_MAX)
+    return jnp.where(jnp.isinf(x), x, repaired / normal)
+
+
+def _quotient_between_codes(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """What e4m3 rounds as it does x / scale rounded to float32: a number on the same side of every tie of two codes.
+
+    In each interval of neighbouring codes, the quotient is the tie in the middle where it rounds to that in float32,
+    else one of the two ends.
+    """
+    normal = jnp.where(scale < SMALL, 1 / SMALL, 1.0)
+    dividend, divisor = jnp.abs(x) * normal, scale * normal
+    quotient = _divide(dividend, divisor)
+    is_subnormal = quotient < SMALLEST_NORMAL_E4M3
+    step = jnp.where(is_subnormal, SMALLEST_NORMAL_E4M3 / 8, _keep_bits(quotient, 0) / 8)
+    below = jnp.where(is_subnormal, jnp.floor(quotient * (8 / SMALLEST_NORMAL_E4M3)) * step, _keep_bits(quotient, 3))
+    tie = below + step / 2
+    remainder = _remainder(dividend, divisor, tie)
+    half_ulp = _keep_bits(tie, 0) * 2.0**-24 * divisor
+    side = jnp.where(remainder > 0, below + step, below)
+    magnitude = jnp.where(jnp.abs(remainder) <= half_ulp, tie, side)
+    is_finite = jnp.isfinite(x) & jnp.isfinite(scale)
+    return jnp.where(is_finite, jnp.copysign(magnitude, x), _divide(x, scale))
+
+
+def _remainder(x: jax.Array, long: jax.Array, short: jax.Array | float) -> jax.Array:
+    """x - long * short without an error where that is small, for a `short` of at most 8 significant bits."""
+    high = _keep_bits(long, 15)
+    return (x - high * short) - (long - high) * short
+
+
+def _keep_bits(x: jax.Array, count: int) -> jax.Array:
+    """x >= 0 cut off after `count` bits of its fraction; with 0 the power of two in it."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFFFFFF << (23 - count) & 0xFFFFFFFF)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def to_e4m3(x: jax.Array) -> jax.Array:

@@ -7,12 +7,11 @@ neither jax nor torch. Errors follow `<function>: <argument> must be <expected>,
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from typing import Any
 
 from .enums import DataType, RoutingMethodType, parse_enum
-from .options import Options, invalid, is_int
+from .options import Options, check_scaling_factor, invalid, is_int
 from .problem import DTYPES, MAX_TOP_K, ROW_LIMIT, Array
 
 MAX_ROUTED_EXPERTS = 2048
@@ -71,6 +70,7 @@ class RoutingProblem:
             raise invalid(function, "routing_method_type", expected, "Unspecified (9), which says no way to route")
         if method is RoutingMethodType.Llama4 and top_k != 1:
             raise invalid(function, "top_k", "1 with Llama4", top_k)
+        check_scaling_factor(function, routed_scaling_factor)
         groups, kept = _groups(function, experts, int(top_k), method, n_group, topk_group)
         reads_bias = bias is not None and method in READ_BIAS
         return RoutingProblem(
@@ -83,7 +83,7 @@ class RoutingProblem:
             _flag(function, "norm_topk_prob", norm_topk_prob),
             DTYPES[logits.dtype],
             DTYPES[bias.dtype] if bias is not None and reads_bias else DataType.NONE,
-            _factor(function, routed_scaling_factor),
+            1.0 if routed_scaling_factor is None else float(routed_scaling_factor),
         )
 
     @property
@@ -135,14 +135,6 @@ def _groups(
         expected = f"at least {-(-top_k // size)}, so that the kept groups of {size} experts hold top_k ({top_k})"
         raise invalid(function, "topk_group", expected, topk_group)
     return groups, kept
-
-
-def _factor(function: str, value: Any) -> float:
-    if value is None:
-        return 1.0
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise invalid(function, "routed_scaling_factor", "None or a finite number", repr(value))
-    return float(value)
 
 
 def _flag(function: str, argument: str, value: Any) -> bool:

@@ -25,9 +25,10 @@ def name_of(path: Path) -> str:
 
 
 # ---- C++ arrows ------------------------------------------------------------------------------------------------------
-SHARED = {"moe.h", "routing.h", "workspace.h"}  # what both backends stand on
+SHARED = {"moe.h", "finalize.h", "routing.h", "workspace.h"}  # what both backends stand on
 
-SEES_XLA = ("xla_handlers.cc", "xla_route_handler.cc", "xla_status.h")
+SEES_PYTHON = ("module.cc", "python_calls.h", "python_calls.cc", "python_status.h")
+SEES_XLA = ("xla_handlers.cc", "xla_finalize_handler.cc", "xla_route_handler.cc", "xla_status.h")
 
 
 def includes(text: str) -> list[tuple[str, bool]]:
@@ -52,7 +53,7 @@ def wrong_include(file: str, header: str, quoted: bool) -> str | None:
     if header.startswith("xla/"):
         return None if file in SEES_XLA else f"only {SEES_XLA} see XLA"
     if header.startswith(("nanobind/", "Python.h")):
-        return None if file == "module.cc" else "only module.cc sees Python"
+        return None if file in SEES_PYTHON else f"only {SEES_PYTHON} see Python"
     if header.startswith(("cuda", "cub/", "thrust/", "cute/", "cutlass/")) and not quoted:
         return None if file.startswith("cuda/") else "only ffi/cuda sees CUDA"
     if not quoted:
@@ -61,23 +62,27 @@ def wrong_include(file: str, header: str, quoted: bool) -> str | None:
     if file == "moe.h":
         return "moe.h includes standard headers only"
     if file in (
+        "finalize.h",
         "routing.h",
         "workspace.h",
         "workspace.cc",
         "check.cc",
+        "check_finalize.cc",
         "check_routing.cc",
+        "backends.h",
+        "backends.cc",
+        "dlpack_exchange.h",
         "xla_handlers.h",
         *SEES_XLA,
     ):
         return (
-            None if target in SHARED | {"xla_handlers.h", "xla_status.h"} else "it stands on moe.h and workspace.h only"
-        )
-    if file == "module.cc":
-        return (
             None
-            if target in {"moe.h", "routing.h", "xla_handlers.h", "cuda/device.h"}
-            else "it stands on the contract only"
+            if target in SHARED | {"backends.h", "xla_handlers.h", "xla_status.h"}
+            else "it stands on moe.h and workspace.h only"
         )
+    if file in SEES_PYTHON:
+        allowed = {"backends.h", "dlpack_exchange.h", "python_calls.h", "python_status.h", "xla_handlers.h"}
+        return None if target in SHARED | allowed | {"cuda/device.h"} else "it stands on the contract only"
     if target in SHARED or target == "emulated_ptx.h":
         return None
     if file.startswith("cpu/"):
@@ -125,6 +130,7 @@ CORE = {
     "jax_moe.enums",
     "jax_moe.options",
     "jax_moe.problem",
+    "jax_moe.finalize_problem",
     "jax_moe.routing_problem",
     "jax_moe.native",
 }
@@ -132,13 +138,20 @@ ARROWS = {
     "jax_moe.enums": set(),
     "jax_moe.options": {"jax_moe.enums"},
     "jax_moe.problem": {"jax_moe.enums", "jax_moe.options"},
+    "jax_moe.finalize_problem": {"jax_moe.enums", "jax_moe.options", "jax_moe.problem"},
     "jax_moe.routing_problem": {"jax_moe.enums", "jax_moe.options", "jax_moe.problem"},
-    "jax_moe.native": {"jax_moe.enums", "jax_moe.problem", "jax_moe.routing_problem"},
+    "jax_moe.native": {
+        "jax_moe.enums",
+        "jax_moe.problem",
+        "jax_moe.finalize_problem",
+        "jax_moe.routing_problem",
+    },
     "jax_moe.shapes": set(),
     "jax_moe.layout": set(),
     "jax_moe.routing": CORE,
     "jax_moe.reference_routing": {"jax_moe.enums"},
     "jax_moe.logits": CORE | {"jax_moe.moe", "jax_moe.xla_call"},
+    "jax_moe.finalization": CORE | {"jax_moe.xla_call"},
     "jax_moe.quantize": CORE | {"jax_moe.layout"},
     "jax_moe.folding": CORE,
     "jax_moe.prepare": CORE | {"jax_moe.layout", "jax_moe.folding", "jax_moe.quantize"},

@@ -18,6 +18,7 @@ from jax_moe import quantize
 
 TINY = np.finfo(np.float32).tiny
 E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+NAMES = ("normal", "any bits", "few bits", "ties", "near ties", "tiny", "special")  # of rows()
 
 
 def expected_blocks(blocks: NDArray) -> tuple[NDArray, NDArray]:
@@ -77,7 +78,7 @@ def assert_same_codes(actual: Any, expected: NDArray, what: str) -> None:
     assert_same_bits(np.where(both_nan, expected, actual), expected, what)
 
 
-@pytest.mark.parametrize("name", ("normal", "any bits", "few bits", "ties", "near ties", "tiny", "special"))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("compiled", (jax.jit, lambda f: f), ids=("jit", "eager"))
 def test_activations_follow_the_rule_bit_for_bit(name: str, compiled: Callable) -> None:
     x = rows(name)
@@ -87,6 +88,17 @@ def test_activations_follow_the_rule_bit_for_bit(name: str, compiled: Callable) 
     assert codes.shape == x.shape and scale.shape == (4, len(x))
     assert_same_bits(np.asarray(scale), np.ascontiguousarray(expected_scale.reshape(-1, 4).T), f"{name}: scale")
     assert_same_codes(codes, expected_codes.reshape(x.shape), f"{name}: codes")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ulps", (-40, -2, 1, 2, 40))
+def test_no_bit_depends_on_how_exactly_xla_divides(name: str, ulps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "_divide", lambda x, y: (x / y) * jnp.float32(1 + ulps * 2.0**-23))
+    x = rows(name)
+    codes, scale = jax.jit(lambda x: quantize.quantize_activations(x))(x)
+    expected_codes, expected_scale = expected_blocks(x)
+    assert_same_bits(np.asarray(scale)[0], expected_scale, f"{name}: scale")
+    assert_same_codes(codes, expected_codes, f"{name}: codes")
 
 
 @pytest.mark.parametrize("dtype", (ml_dtypes.bfloat16, np.float16))

@@ -99,6 +99,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "hidden_states_scale must be float32[7,2], got float32[2,7]",
     ),
+    *(
+        (
+            {"routed_scaling_factor": value},
+            ValueError,
+            f"routed_scaling_factor must be None or a finite number, got {got}",
+        )
+        for value, got in (("2.5", "'2.5'"), (True, "True"), (float("nan"), "nan"), (np.ones(1, np.float32), "array"))
+    ),
     (
         {"hidden_states_scale_order": "rows"},
         ValueError,

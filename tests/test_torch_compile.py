@@ -147,6 +147,21 @@ def test_integers_that_change_are_compiled_anew() -> None:
         assert_same(compiled(offset), call(offset))
 
 
+def test_a_factor_that_changes_is_checked_while_tracing() -> None:
+    """dynamic=True makes floats symbolic."""
+    given = torch_calls.arguments(CASE)
+    del given["routed_scaling_factor"]
+
+    def call(factor: float) -> torch.Tensor:
+        return torch_calls.function(**given, routed_scaling_factor=factor)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for factor in (2.5, 3.5, 4.5):
+        assert_same(compiled(factor), call(factor))
+    with pytest.raises(Exception, match=while_tracing("routed_scaling_factor must be None or a finite number")):
+        compiled("2.5")
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("form", ["bfloat16", "apart", "parameters", "lora", "mx_padded"])
 def test_compiled_writes_the_callers_output(form: str, backend: str) -> None:

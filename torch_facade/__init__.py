@@ -5,6 +5,7 @@ Importing this package imports torch, never jax.
 
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
 
+from .finalization import finalize
 from .logits import trtllm_fp8_block_scale_moe
 from .moe import trtllm_fp8_block_scale_routed_moe
 from .prepare import prepare_mxfp8_weights
@@ -17,6 +18,7 @@ __all__ = [
     "RoutingMethodType",
     "WeightLayout",
     "convert_to_block_layout",
+    "finalize",
     "mxfp8_dequantize_host",
     "mxfp8_quantize",
     "prepare_mxfp8_weights",

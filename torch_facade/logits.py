@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +17,16 @@ from jax_moe import native
 from jax_moe.enums import Fp8QuantizationType, RoutingMethodType
 from jax_moe.options import invalid
 from jax_moe.problem import Array
-from jax_moe.routing_problem import RoutingProblem
+from jax_moe.routing_problem import BUFFERS, RoutingProblem
 
+from .arguments import Layout, check_tensor, layout
+from .eager import Calls, plan_of
 from .launch import launch
 from .moe import trtllm_fp8_block_scale_routed_moe
 from .ops import LIBRARY, TAGS
-from .plan import Layout, layout
 
 FUNCTION = "trtllm_fp8_block_scale_moe"
+CALLS, OP_CALLS = Calls(), Calls()  # of the function and of the op
 OPTIONS = ("num_experts", "top_k", "n_group", "topk_group", "routing_method_type", "norm_topk_prob")
 
 
@@ -90,13 +93,17 @@ def trtllm_fp8_block_scale_moe(
         NotImplementedError: what this version, build or device does not have, and tensors that require grad while grad
             mode is on: there is no backward.
     """
-    _check_tensor("routing_logits", routing_logits, hidden_states)
-    if routing_bias is not None:
-        _check_tensor("routing_bias", routing_bias, hidden_states)
-    options = (num_experts, top_k, n_group, topk_group, routing_method_type, norm_topk_prob)
-    if not (routed_scaling_factor is None or isinstance(routed_scaling_factor, (int, float))):
-        raise invalid(FUNCTION, "routed_scaling_factor", "None or a finite number", repr(routed_scaling_factor))
-    ids, weights = route_logits(routing_logits, routing_bias, _integers(options), routed_scaling_factor)
+    given = (routing_logits, routing_bias, hidden_states)
+    options = (
+        num_experts,
+        top_k,
+        n_group,
+        topk_group,
+        routing_method_type,
+        norm_topk_prob,
+        routed_scaling_factor,
+    )
+    ids, weights = _route(given, options)
     if routing_replay_out is not None:
         _check_replay(routing_replay_out, ids)
         routing_replay_out[: ids.shape[0]].copy_(ids)
@@ -132,16 +139,46 @@ def trtllm_fp8_block_scale_moe(
     )
 
 
+def _route(given: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """ids and weights. hidden_states are given for their device."""
+    if torch.compiler.is_compiling():
+        return _call(given, options)
+    pair = CALLS.run(given, options)
+    if pair is None:
+        pair = _call(given, options)
+        CALLS.keep(given, options, lambda: _plan(given, _integers(options[:-1]), options[-1]))
+    return pair
+
+
+def _call(given: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """The same through the op."""
+    logits, bias, hidden_states = given
+    *integers, routed_scaling_factor = options
+    _check_tensor("routing_logits", logits, hidden_states)
+    if bias is not None:
+        _check_tensor("routing_bias", bias, hidden_states)
+    if not (routed_scaling_factor is None or isinstance(routed_scaling_factor, (int, float))):
+        raise invalid(FUNCTION, "routed_scaling_factor", "None or a finite number", repr(routed_scaling_factor))
+    return route_logits(logits, bias, _integers(integers), routed_scaling_factor)
+
+
+def _plan(given: tuple[Any, ...], integers: Sequence[int], routed_scaling_factor: float | None) -> Any:
+    """The plan of calls like this one, which was checked; given are the logits, the bias, and others."""
+    logits, bias = given[:2]
+    problem = _problem(logits, bias, integers, routed_scaling_factor)
+    bias_bytes = bias.nbytes if problem.reads_bias else 0
+    allocated = {name: (array.shape, getattr(torch, array.dtype)) for name, array in problem.outputs().items()}
+    result_bytes = [math.prod(shape) * dtype.itemsize for shape, dtype in allocated.values()]
+    buffers = dict(zip(BUFFERS, (logits.nbytes, bias_bytes, *result_bytes), strict=True))
+    names = ("routing_logits", "routing_bias" if problem.reads_bias else "unread bias", "hidden_states")
+    by_name = dict(zip(names, given, strict=False))
+    return plan_of(native.plan_route_logits, problem, buffers, by_name, allocated, tuple(allocated))
+
+
 def _check_tensor(name: str, tensor: Any, hidden_states: Any) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise invalid(FUNCTION, name, "a torch.Tensor", type(tensor).__name__)
+    check_tensor(FUNCTION, name, tensor)
     if isinstance(hidden_states, torch.Tensor) and tensor.device != hidden_states.device:
         raise invalid(FUNCTION, name, f"on {hidden_states.device} like hidden_states", tensor.device)
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        raise NotImplementedError(
-            f"{FUNCTION}: {name} must not require grad, got requires_grad=True: inference only, there is no backward; "
-            "call under torch.no_grad() or torch.inference_mode(), or detach() it"
-        )
 
 
 def _check_replay(replay: Any, ids: torch.Tensor) -> None:
@@ -197,16 +234,27 @@ def _results(problem: RoutingProblem, logits: torch.Tensor, bias: torch.Tensor |
     return [logits.new_empty(x.shape, dtype=getattr(torch, x.dtype)) for x in problem.outputs().values()]
 
 
+def _problem(
+    logits: torch.Tensor, bias: torch.Tensor | None, options: Sequence[int], routed_scaling_factor: float | None
+) -> RoutingProblem:
+    bias_layout = None if bias is None else layout(bias)
+    return _known_problem(layout(logits), bias_layout, tuple(options), routed_scaling_factor)
+
+
 def _kernel(
     logits: torch.Tensor, bias: torch.Tensor | None, options: Sequence[int], routed_scaling_factor: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    bias_layout = None if bias is None else layout(bias)
-    problem = _known_problem(layout(logits), bias_layout, tuple(options), routed_scaling_factor)
+    given, key = (logits, bias), (*options, routed_scaling_factor)
+    pair = OP_CALLS.run(given, key)
+    if pair is not None:
+        return tuple(pair)
+    problem = _problem(logits, bias, options, routed_scaling_factor)
     ids, weights = _results(problem, logits, bias)
     tensors = (logits, bias if problem.reads_bias else None, ids, weights)
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     sizes = [0 if tensor is None else tensor.nbytes for tensor in tensors]
     launch(native.route_logits, logits, problem, pointers, sizes)
+    OP_CALLS.keep(given, key, lambda: _plan(given, options, routed_scaling_factor))
     return ids, weights
 
 

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
+from jax_moe.options import check_scaling_factor
 from jax_moe.problem import SCALES, Array
 
 from . import ops
-from .plan import FUNCTION, HIDDEN_STATES, OPTIONS, TENSORS
+from .arguments import check_device, check_tensor, increment_version
+from .eager import Calls
+from .plan import FUNCTION, HIDDEN_STATES, OPTIONAL, OPTIONS, TENSORS, repeatable
 
+CALLS = Calls()
+GIVEN = (*ops.GIVEN, "routing_bias")  # the tensors of those calls
+NUM_EXPERTS, DO_FINALIZE = OPTIONS.index("num_experts"), OPTIONS.index("do_finalize")
 FP8_QUANTIZATION_TYPE = OPTIONS.index("fp8_quantization_type")
 E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # torch has it since 2.7
 
@@ -89,7 +95,7 @@ def trtllm_fp8_block_scale_routed_moe(
         intermediate_size: I, a multiple of 128 (as H must be).
         local_expert_offset: id of the first expert whose weights are given, in [0, E - L].
         local_num_experts: L.
-        routed_scaling_factor: None or a number, unused: the weights of topk_ids are taken as they are.
+        routed_scaling_factor: None or a finite number, unused: the weights of topk_ids are taken as they are.
         routing_method_type: RoutingMethodType, unused but for the check of n_group and topk_group.
         use_shuffled_weight: True when the rows of both weights are in the order of `shuffle_matrix_a(weights, 64)`.
             MxFp8: of `shuffle_matrix_a(weights, 128)`, gated gemm1_weights after `reorder_rows_for_gated_act_gemm`,
@@ -128,28 +134,24 @@ def trtllm_fp8_block_scale_routed_moe(
         NotImplementedError: what this version, build or device does not have, and tensors that require grad while grad
             mode is on: there is no backward.
     """
-    optional: dict[str, torch.Tensor] = {}
-    if not isinstance(topk_ids, torch.Tensor):
-        topk_ids, optional["topk_weights"] = _pair(topk_ids)
-    if gemm1_lora_delta is not None:
-        optional["gemm1_lora_delta"] = gemm1_lora_delta
-    if gemm1_alpha is not None:
-        optional["gemm1_alpha"] = gemm1_alpha
-    if gemm1_beta is not None:
-        optional["gemm1_beta"] = gemm1_beta
-    if gemm1_clamp_limit is not None:
-        optional["gemm1_clamp_limit"] = gemm1_clamp_limit
-    tensors = (
-        topk_ids,
+    ids, weights = (topk_ids, None) if isinstance(topk_ids, torch.Tensor) else _pair(topk_ids)
+    given = (
+        ids,
         hidden_states,
         hidden_states_scale,
         gemm1_weights,
         gemm1_weights_scale,
         gemm2_weights,
         gemm2_weights_scale,
+        weights,
+        gemm1_lora_delta,
+        gemm1_alpha,
+        gemm1_beta,
+        gemm1_clamp_limit,
+        output,
+        routing_bias,
     )
-    _check_tensors(tensors, optional, output)
-    options = _options(
+    options = (
         num_experts,
         top_k,
         n_group,
@@ -167,18 +169,37 @@ def trtllm_fp8_block_scale_routed_moe(
         activation_type,
         do_finalize,
     )
+    if torch.compiler.is_compiling():
+        return _call(given, options)
+    result = CALLS.run(given, options)
+    if result is None:
+        result = _call(given, options)
+        CALLS.keep(given, options, lambda: _plan(given, options))
+    elif output is not None:
+        increment_version(output)
+    return result
+
+
+def _call(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
+    """The function on tensors in the order of GIVEN and options in that of _checked_options, through an op."""
+    tensors, output, routing_bias = given[: len(TENSORS)], given[-2], given[-1]
+    optional = {
+        name: tensor for name, tensor in zip(OPTIONAL, given[len(TENSORS) : -2], strict=True) if tensor is not None
+    }
+    _check_tensors(tensors, optional, output)
+    options = _options(*values)
     if options[FP8_QUANTIZATION_TYPE] == Fp8QuantizationType.MxFp8:
         tensors = tuple([_as_bytes(name, tensor) for name, tensor in zip(TENSORS, tensors, strict=True)])
     if routing_bias is not None:
-        _check_routing_bias(routing_bias, num_experts, hidden_states.device)
-    if not do_finalize:
+        _check_routing_bias(routing_bias, options[NUM_EXPERTS], tensors[HIDDEN_STATES].device)
+    if not options[DO_FINALIZE]:
         if output is not None:
             raise ValueError(f"{FUNCTION}: output must be None with do_finalize=False, got a tensor")
         gemm2_output, *rest = ops.listed(*tensors, options, **optional)
         if "topk_weights" in optional:
             return [gemm2_output, optional["topk_weights"], *rest]
         return [gemm2_output, *rest]
-    if gemm1_lora_delta is not None:
+    if "gemm1_lora_delta" in optional:
         if output is None:
             return ops.listed(*tensors, options, **optional)
         return [output, *ops.lora_out(*tensors, options, output, **optional)]
@@ -186,6 +207,15 @@ def trtllm_fp8_block_scale_routed_moe(
         return ops.finalized(*tensors, options, **optional)
     ops.finalized_out(*tensors, options, output, **optional)
     return output
+
+
+def _plan(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
+    """The plan of calls like this one, which _call has checked."""
+    by_name = dict(zip(GIVEN, given, strict=True))
+    call = ops.planned([_as_bytes(name, by_name[name]) for name in ops.GIVEN], _options(*values))
+    apart = by_name["topk_weights"] is not None
+    returned = ["topk_weights" if apart and name == "expert_weights" else name for name in call.problem.returned()]
+    return repeatable(call, by_name, returned)
 
 
 def _as_bytes(name: str, tensor: Any) -> Any:
@@ -202,6 +232,8 @@ def _pair(topk_ids: Any) -> Any:
             f"{FUNCTION}: topk_ids must be a torch.Tensor of packed ids, (expert id << 16) | (bfloat16 bits of the "
             f"weight & 0xFFFF), or a pair (topk_ids, topk_weights) of them, got {given}"
         )
+    if topk_ids[1] is None:
+        _check_tensor("topk_weights", None)
     return topk_ids
 
 
@@ -214,21 +246,13 @@ def _check_tensors(tensors: tuple[Any, ...], optional: dict[str, Any], output: A
         _check_tensor(name, tensor)
     if output is not None:
         _check_tensor("output", output)
-    x = tensors[HIDDEN_STATES]
-    if not (x.is_cpu or x.is_cuda or x.is_meta):  # meta tensors get meta results: shapes without a computation
-        raise NotImplementedError(f"{FUNCTION}: hidden_states must be on a cpu or cuda device, got {x.device}")
+    check_device(FUNCTION, "hidden_states", tensors[HIDDEN_STATES])
 
 
 def _check_tensor(name: str, tensor: Any) -> None:
     if tensor is None and name == "hidden_states_scale":
         return
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{FUNCTION}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        raise NotImplementedError(
-            f"{FUNCTION}: {name} must not require grad, got requires_grad=True: inference only, there is no backward; "
-            "call under torch.no_grad() or torch.inference_mode(), or detach() it"
-        )
+    check_tensor(FUNCTION, name, tensor)
 
 
 def _check_routing_bias(bias: Any, num_experts: int, device: torch.device) -> None:
@@ -270,8 +294,7 @@ def _checked_options(
     activation_type: Any,
     do_finalize: Any,
 ) -> tuple[int, ...]:
-    if not (routed_scaling_factor is None or isinstance(routed_scaling_factor, (int, float))):
-        raise _invalid("routed_scaling_factor", "None or a number", routed_scaling_factor)
+    check_scaling_factor(FUNCTION, routed_scaling_factor)
     if not (enable_pdl is None or isinstance(enable_pdl, bool)):
         raise _invalid("enable_pdl", "None, True or False", enable_pdl)
     if _integer("tune_max_num_tokens", tune_max_num_tokens) < 1:

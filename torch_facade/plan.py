@@ -1,7 +1,6 @@
 """From the tensors of a call to its Problem: validation, and the plan that eager calls keep.
 
-A tensor is known here by its layout only: a plain tuple (shape, dtype, device, stride), so that a plan can be cached by
-them. Kernels ask for `plan` (cached), fakes for `checked_problem`, whose number of tokens may be symbolic.
+Kernels ask for `plan` (cached by the layouts), fakes for `checked_problem`, whose number of tokens may be symbolic.
 """
 
 from __future__ import annotations
@@ -9,13 +8,16 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from jax_moe import native
 from jax_moe.problem import INPUTS, OUTPUTS, PER_EXPERT, Array, Options, Problem
+
+from .arguments import Layout, is_contiguous
+from .eager import plan_of
 
 FUNCTION = "trtllm_fp8_block_scale_routed_moe"
 
@@ -45,7 +47,6 @@ TOKENS_DIMENSIONS = {"hidden_states_scale": (0, 1)} | dict.fromkeys(
     ("topk_ids", "topk_weights", "hidden_states", "gemm1_lora_delta", "output"), (0,)
 )
 
-Layout = tuple[Any, torch.dtype, torch.device, Any]
 Allocation = tuple[tuple[Any, ...], torch.dtype]
 
 
@@ -55,14 +56,11 @@ class Plan(NamedTuple):
     problem: Problem
     sizes: tuple[int, ...]  # bytes of INPUTS, then of OUTPUTS
     allocated: tuple[Allocation, ...]  # what the call has to allocate: the results, then what nobody gets to see
+    names: tuple[str, ...]  # of `allocated`
     num_results: int  # of `allocated`
     # From the pointers (0, those of the given tensors in the order of `layouts`, output, those of `allocated`) to those
     # of INPUTS and OUTPUTS.
     in_order: Callable[[Sequence[int]], tuple[int, ...]]
-
-
-def layout(tensor: torch.Tensor) -> Layout:
-    return (tensor.shape, tensor.dtype, tensor.device, tensor.stride())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,8 +81,25 @@ def plan(
         problem,
         tuple(sizes.get(name, 0) for name in (*INPUTS, *OUTPUTS)),
         tuple(allocated.values()),
+        tuple(allocated),
         len(results_of(problem, output)),
         operator.itemgetter(*(buffers.index(name) if name in buffers else 0 for name in (*INPUTS, *OUTPUTS))),
+    )
+
+
+def repeatable(call: Plan, given: Mapping[str, torch.Tensor | None], returned: Sequence[str] | None = None) -> Any:
+    """The library's plan of calls like `call` on the tensors `given`, in their order.
+
+    returned: names of the results, which come as a list but for one alone; None: a list of the op's results.
+    """
+    return plan_of(
+        native.plan_forward,
+        call.problem,
+        dict(zip((*INPUTS, *OUTPUTS), call.sizes, strict=True)),
+        given,
+        dict(zip(call.names, call.allocated, strict=True)),
+        call.names[: call.num_results] if returned is None else returned,
+        returned is None or len(returned) != 1,
     )
 
 
@@ -133,7 +148,7 @@ def _check_devices(given: dict[str, Layout | None], output: Layout | None) -> No
 
 
 def _check_contiguous(name: str, tensor: Layout | None, next_step: str = "; call .contiguous()") -> None:
-    if tensor is not None and not _is_contiguous(tensor):
+    if tensor is not None and not is_contiguous(tensor):
         raise ValueError(
             f"{FUNCTION}: {name} must be contiguous, got shape {_list(tensor[0])} with strides {_list(tensor[3])}"
             f"{next_step}"
@@ -146,16 +161,6 @@ def _check_output(output: Layout, problem: Problem) -> None:
     if given.dtype != expected.dtype or tuple(given.shape) != tuple(expected.shape):
         raise ValueError(f"{FUNCTION}: output must be {expected}, got {given}")
     _check_contiguous("output", output, next_step="")  # a contiguous copy would be written in its stead
-
-
-def _is_contiguous(tensor: Layout) -> bool:
-    # The strides are compared first: with contiguous tensors no question is asked about a symbolic number of tokens.
-    expected = 1
-    for size, stride in zip(reversed(tensor[0]), reversed(tensor[3]), strict=True):
-        if stride != expected and size != 1:
-            return 0 in tensor[0]
-        expected = expected * size
-    return True
 
 
 def _array(name: str, tensor: Layout | None) -> Array | None:

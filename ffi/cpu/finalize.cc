@@ -1,54 +1,84 @@
-// Weighted sum of each token's rows, in slot order.
+// Weighted sum of each token's rows, in slot order: the last stage of a call, and a function of its own.
+#include "../finalize.h"
+
+#include <exception>
+
 #include "float8.h"
+#include "float_environment.h"
 #include "parallel.h"
 #include "stages.h"
 
 namespace jax_moe::cpu {
 namespace {
 
-// weights = those of the expanded indices [first, first + top_k).
-void ReadWeights(const Call& call, int64_t first, float* weights) {
-  const auto* packed = static_cast<const int32_t*>(call.buffers.topk_ids.data);
-  const void* given = call.buffers.topk_weights.data;
-  const auto dtype = DataType(call.problem.topk_weights_dtype);
-  for (int64_t i = first; i < first + call.problem.top_k; ++i)
-    *weights++ = dtype == DataType::kFloat32    ? static_cast<const float*>(given)[i]
-                 : dtype == DataType::kBFloat16 ? FloatFromBfloat16(static_cast<const uint16_t*>(given)[i])
-                                                : FloatFromBfloat16(uint16_t(packed[i]));
+// What is summed: slot p = t * top_k + k of token t has the weight weights[p] and the row rows[p] of y2, or no row.
+struct Slots {
+  int64_t num_tokens, top_k, hidden, num_rows;
+  const uint16_t* y2;   // bf16 [num_rows, hidden]
+  const int32_t* rows;  // [num_tokens * top_k]
+  const void* weights;  // likewise, of weights_dtype; kNone: packed with their ids
+  DataType weights_dtype;
+};
+
+float Weight(const Slots& s, int64_t slot) {
+  switch (s.weights_dtype) {
+    case DataType::kFloat32:
+      return static_cast<const float*>(s.weights)[slot];
+    case DataType::kBFloat16:
+      return FloatFromBfloat16(static_cast<const uint16_t*>(s.weights)[slot]);
+    default:
+      return FloatFromBfloat16(uint16_t(static_cast<const int32_t*>(s.weights)[slot]));
+  }
 }
 
-// output[hidden] = bf16(sum over slots with a row of weight * y2[row]).
+// output[hidden] = bf16(sum over the slots of a token with a row, in order, of weight * y2[row]).
 template <class Isa>
-JAX_MOE_INLINE void SumRowsOn(const int32_t* rows, const float* weights, int64_t top_k, const uint16_t* y2,
-                              int64_t hidden, uint16_t* output) {
-  for (int64_t first = 0; first < hidden; first += kScaleBlock) {
+JAX_MOE_INLINE void SumRowsOn(const Slots& s, const int32_t* rows, const float* weights, uint16_t* output) {
+  for (int64_t first = 0; first < s.hidden; first += kScaleBlock) {
     float sum[kScaleBlock] = {};
-    for (int64_t k = 0; k < top_k; ++k) {
-      if (rows[k] < 0) continue;  // NOTE: skipped, not multiplied by 0: nobody's NaN gets in
-      const uint16_t* y = y2 + rows[k] * hidden + first;
+    for (int64_t k = 0; k < s.top_k; ++k) {
+      // NOTE: skipped, not multiplied by 0: nobody's NaN gets in.
+      if (rows[k] < 0 || rows[k] >= s.num_rows) continue;
+      const uint16_t* y = s.y2 + rows[k] * s.hidden + first;
       for (int i = 0; i < kScaleBlock; ++i) sum[i] += weights[k] * FloatFromBfloat16(y[i]);
     }
     for (int i = 0; i < kScaleBlock; ++i) output[first + i] = Bfloat16FromFloat(sum[i]);
   }
 }
-JAX_MOE_DISPATCH(void, SumRows,
-                 (const int32_t* rows, const float* weights, int64_t top_k, const uint16_t* y2, int64_t hidden,
-                  uint16_t* output),
-                 (rows, weights, top_k, y2, hidden, output))
+JAX_MOE_DISPATCH(void, SumRows, (const Slots& s, const int32_t* rows, const float* weights, uint16_t* output),
+                 (s, rows, weights, output))
+
+void SumTokens(const Slots& s, uint16_t* output) {
+  Parallel(s.num_tokens, s.top_k * s.hidden, [&](WorkQueue& tokens) {
+    for (int64_t t; tokens.Next(&t);) {
+      float weights[kMaxTopK];
+      for (int64_t k = 0; k < s.top_k; ++k) weights[k] = Weight(s, t * s.top_k + k);
+      SumRows(s, s.rows + t * s.top_k, weights, output + t * s.hidden);
+    }
+  });
+}
 
 }  // namespace
 
 void Finalize(const Call& call) {
-  const int64_t top_k = call.problem.top_k, hidden = call.problem.hidden_size;
-  auto* output = static_cast<uint16_t*>(call.buffers.output.data);
-  Parallel(call.problem.num_tokens, top_k * hidden, [&](WorkQueue& tokens) {
-    for (int64_t t; tokens.Next(&t);) {
-      float weights[kMaxTopK];
-      ReadWeights(call, t * top_k, weights);
-      SumRows(call.workspace.expanded_idx_to_permuted_idx + t * top_k, weights, top_k, call.workspace.y2, hidden,
-              output + t * hidden);
-    }
-  });
+  const Problem& p = call.problem;
+  const auto dtype = DataType(p.topk_weights_dtype);
+  const void* weights = dtype == DataType::kNone ? call.buffers.topk_ids.data : call.buffers.topk_weights.data;
+  SumTokens({p.num_tokens, p.top_k, p.hidden_size, p.expanded_rows(), call.workspace.y2,
+             call.workspace.expanded_idx_to_permuted_idx, weights, dtype},
+            static_cast<uint16_t*>(call.buffers.output.data));
+}
+
+Status FinalizeRows(const FinalizeProblem& p, const FinalizeBuffers& b) try {
+  if (Status s = CheckFinalize(p, b); !s.ok()) return s;
+  const DefaultFloatEnvironment environment;
+  SumTokens({p.num_tokens, p.top_k, p.hidden_size, p.num_rows, static_cast<const uint16_t*>(b.gemm2_output.data),
+             static_cast<const int32_t*>(b.expanded_idx_to_permuted_idx.data), b.expert_weights.data,
+             DataType(p.weights_dtype)},
+            static_cast<uint16_t*>(b.output.data));
+  return {};
+} catch (const std::exception& e) {
+  return Status::Internal(std::string("the CPU backend failed: ") + e.what());
 }
 
 }  // namespace jax_moe::cpu

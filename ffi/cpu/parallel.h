@@ -38,6 +38,7 @@ inline int64_t NumThreads() {
 // among them. The first exception of a worker is thrown here, after all have ended.
 template <class Worker>
 void Parallel(int64_t count, int64_t work_per_item, const Worker& worker) {
+  if (count == 0) return;
   constexpr int64_t kWorkPerThread = 1 << 20;  // below this, starting a thread costs more than it saves
   const int64_t worth = std::min(count, 1 + count * work_per_item / kWorkPerThread);
   const int64_t num_threads = worth > 1 ? std::min(worth, NumThreads()) : 1;

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <iterator>
+
 #include "launch.h"
 
 namespace jax_moe::cuda {
@@ -11,6 +14,9 @@ namespace {
 constexpr const char* kCpuPath = "; pass CPU arrays to use the CPU backend";
 
 std::string Version(int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); }
+
+// Devices that were found to be Hopper GPUs, which cannot change.
+std::atomic<bool> is_known_hopper[64];
 
 // Why no device answers, with the driver's and the runtime's version.
 std::string NoDevice(cudaError_t error) {
@@ -50,10 +56,12 @@ DeviceReport ReportDevices() {
 }
 
 Status CheckDevice(int device, int* num_sms) {
+  const bool has_entry = device >= 0 && device < int(std::size(is_known_hopper));
   int major = 0, minor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaError_t error = cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && has_entry && is_known_hopper[device].load(std::memory_order_relaxed)) return {};
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) cudaGetLastError();  // told below; not for a later call to find
   if (error == cudaErrorInvalidDevice)
     return Status::Invalid("device must be a CUDA device, got " + std::to_string(device));
@@ -61,6 +69,7 @@ Status CheckDevice(int device, int* num_sms) {
   if (major != 9 || minor != 0)
     return Status::Unsupported("the CUDA kernels must run on a Hopper GPU (compute capability 9.0), got " +
                                std::to_string(major) + "." + std::to_string(minor) + kCpuPath);
+  if (has_entry) is_known_hopper[device].store(true, std::memory_order_relaxed);
   return {};
 }
 

@@ -118,6 +118,7 @@ Status Finalize(const Call& c) {
   f.output = static_cast<uint16_t*>(c.buffers.output.data);
   f.top_k = int(c.p.top_k);
   f.hidden = int(c.p.hidden_size);
+  f.num_rows = int(c.p.expanded_rows());
   const unsigned grid = unsigned(c.p.num_tokens) * Ctas(c.p.hidden_size, kFinalizeColumnsPerCta);
   return Launch("finalize", finalize, {grid, kFinalizeThreads, 0, true}, c.stream, f);
 }

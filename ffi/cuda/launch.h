@@ -1,6 +1,5 @@
 // Launches a kernel on a stream with its shared memory, and turns CUDA errors into Status. The only place that knows
-// cudaLaunchKernelEx. A kernel's shared-memory limit is raised on every launch that needs it: the call is cheap, legal
-// in capture, and needs no per-device state.
+// cudaLaunchKernelEx.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -17,6 +16,9 @@ inline Status CudaStatus(cudaError_t error, const char* what) {
                           cudaGetErrorString(error));
 }
 
+// Lets a kernel have up to `bytes` of dynamic shared memory on the current device. CUDA is asked once a device.
+Status AllowSharedMemory(const char* name, const void* kernel, int bytes);
+
 struct LaunchShape {
   unsigned grid;
   unsigned threads;
@@ -30,12 +32,10 @@ struct LaunchShape {
 template <class... Parameters, class... Arguments>
 Status Launch(const char* name, void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
               Arguments&&... arguments) {
-  // NOTE: 48 KiB are there unasked, less what the kernel has statically. The limit is the same for every call that
-  // raises it, else a thread with a smaller call would lower it between another's two lines here.
+  // NOTE: 48 KiB are there unasked, less what the kernel has statically.
   if (shape.shared_bytes > 40 * 1024) {
     const int limit = int(std::max(shape.shared_bytes, shape.shared_limit));
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-    if (error != cudaSuccess) return CudaStatus(error, name);
+    if (Status s = AllowSharedMemory(name, reinterpret_cast<const void*>(kernel), limit); !s.ok()) return s;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.grid);

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from call import Call
 from cases import CASES, Case
+from compare import assert_same_bits
 from memory import Cuda
 from results import assert_same_results
 
 jax = pytest.importorskip("jax")
 jax_calls = pytest.importorskip("jax_calls")
+jax_quantize = pytest.importorskip("test_jax_quantize")
+
+import jax_moe  # noqa: E402
 
 PROGRAMS = Path(__file__).with_name("jax_programs.py")
 NAMES = (
@@ -75,6 +79,17 @@ def test_token_major_scales(cuda: Cuda, device: Any) -> None:
     expected = Call(CASE, given, cuda).run()
     given["hidden_states_scale"] = np.ascontiguousarray(given["hidden_states_scale"].T)
     assert_same_results(jitted(CASE, given, device, hidden_states_scale_order="token_major"), expected)
+
+
+@pytest.mark.parametrize("name", jax_quantize.NAMES)
+def test_quantised_activations_follow_the_rule_bit_for_bit(device: Any, name: str) -> None:
+    """XLA divides approximately on a GPU. Denormal elements are numbers there, so that there are none in `x`."""
+    x = jax_quantize.rows(name)
+    x = np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)
+    codes, scale = jax.jit(jax_moe.quantize_activations)(jax.device_put(x, device))
+    expected_codes, expected_scale = jax_quantize.expected_blocks(x)
+    assert_same_bits(np.asarray(scale)[0], expected_scale, "scale")
+    jax_quantize.assert_same_codes(codes, expected_codes, "codes")
 
 
 def test_an_offset_traced_on_the_device(cuda: Cuda, device: Any) -> None:

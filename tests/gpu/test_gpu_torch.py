@@ -91,6 +91,37 @@ def test_runs_on_the_current_stream(cuda: Cuda) -> None:
     assert_same_results(named(CASE, output), expected)
 
 
+def test_a_repeated_call_goes_the_short_way_on_any_stream(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_facade import eager, moe
+
+    if eager.EXCHANGE_TABLE is None:
+        pytest.skip("this torch has no DLPack exchange table")
+    given = arguments(CASE, cuda.device)
+    expected = named(CASE, torch_calls.function(**given))
+    monkeypatch.setattr(moe, "_call", lambda *_: pytest.fail("the long way"))
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(cuda.device)):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            output = torch_calls.function(**given)
+        stream.synchronize()
+        assert_same_results(named(CASE, output), expected)
+
+
+def test_calls_on_a_gpu_that_is_not_the_current_one(cuda: Cuda) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    other = (cuda.device + 1) % torch.cuda.device_count()
+    given = arguments(CASE, other)
+    outputs = [torch_calls.function(**given) for _ in range(2)]
+    with torch.cuda.device(other):
+        outputs += [torch_calls.function(**given) for _ in range(2)]
+    outputs.append(torch_calls.function(**given))
+    assert torch.cuda.current_device() == cuda.device
+    for output in outputs:
+        assert output.get_device() == other
+        assert_same_results(named(CASE, output), backend(CASE, cuda))
+
+
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("case", [CASES["t53"], CASES["bf16_t53"], CASES["unfinalized_window"]], ids=lambda c: c.name)
 def test_compiled(cuda: Cuda, case: Case, mode: str | None) -> None:

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
     for (int i = 0; i < kInFlight; ++i) {
       const int slot = first + i;
       const int row = slot < p.top_k ? rows[slot] : -1;
-      valid[i] = row >= 0;
+      valid[i] = unsigned(row) < unsigned(p.num_rows);
       if (!valid[i]) continue;
       weight[i] = p.weights.at(token * p.top_k + slot);
       y[i] = __ldcs(reinterpret_cast<const uint4*>(p.y2 + int64_t(row) * p.hidden + column));

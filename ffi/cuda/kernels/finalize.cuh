@@ -9,12 +9,13 @@ inline constexpr int kFinalizeThreads = 128;
 inline constexpr int kFinalizeColumnsPerCta = kFinalizeThreads * 8;
 
 struct FinalizeParameters {
-  const uint16_t* y2;                           // bf16 [rows, H]
+  const uint16_t* y2;                           // bf16 [num_rows, H]
   const int32_t* expanded_idx_to_permuted_idx;  // [T * K]
   SlotWeights weights;
   uint16_t* output;  // bf16 [T, H]
   int top_k;
-  int hidden;  // H
+  int hidden;    // H
+  int num_rows;  // a row outside [0, num_rows) is none
 };
 
 // Grid: T * ceil(H / kFinalizeColumnsPerCta) CTAs, columns fastest.

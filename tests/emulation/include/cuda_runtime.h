@@ -82,9 +82,8 @@ cudaError_t set_kernel_attribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 }  // namespace emulation
 
-template <class... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
-  return emulation::set_kernel_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  return emulation::set_kernel_attribute(kernel, attribute, value);
 }
 
 template <class... Parameters, class... Arguments>
