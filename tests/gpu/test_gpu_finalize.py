@@ -28,7 +28,8 @@ def test_the_kernel_sums_as_the_reference(cuda: Cuda, case: Case) -> None:
     finalizing.assert_finalized(given, finalizing.run(case, given, cuda))
 
 
-@pytest.mark.parametrize("name", LAYER_NAMES)
+# Calls of fewer tokens sum over experts without rounding their rows.
+@pytest.mark.parametrize("name", [name for name in LAYER_NAMES if LAYERS[name].tokens > 16])
 def test_the_parts_of_a_layer_give_the_bits_of_the_whole(cuda: Cuda, name: str) -> None:
     case, given, output = finalizing.parts_of(LAYERS[name], lambda layer, given: Call(layer, given, cuda).run())
     compare.assert_same_bits(finalizing.run(case, given, cuda), output, "output")

@@ -13,7 +13,7 @@ constexpr int kProducerThread = kDecodeMathThreads, kFinishThread = kDecodeMathT
 
 struct Fixed {
   PipelineBarriers<kMaxRingStages> ring;
-  PipelineBarriers<kTileBuffers> sums;  // full: every math warp; empty: the finishing warp
+  PipelineBarriers<kTileBuffers> sums;  // full: every math thread; empty: the finishing warp
   PipelineBarriers<1> tokens;           // full: fresh tokens have landed
   ActiveExperts experts;                // the producer's
   ActiveTokens active;
@@ -230,8 +230,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     for (int n = 0; n < kTokenTiles; ++n)
       reinterpret_cast<float4*>(partial)[((sums_at.stage() * kDecodeWarps + warp) * kTokenTiles + n) * 32 + lane] =
           make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(fixed.sums.full_address(sums_at.stage()));
+    mbarrier_arrive(fixed.sums.full_address(sums_at.stage()));
   }
 }
 
@@ -246,7 +245,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
     fixed.ring.initialize(1, StageShares(kDecodeGemm1Rows).warps());
-    fixed.sums.initialize(kDecodeWarps, 1);
+    fixed.sums.initialize(kDecodeMathThreads, 1);
     fixed.tokens.initialize(1, 1);
   }
   __syncthreads();

@@ -23,14 +23,8 @@ __global__ void __launch_bounds__(kDecodeQuantizeThreads)
   wait_for_previous_kernel();
   if (!has_row) return;
   const int64_t at = int64_t(block) * 128 + lane * 4;
-  const uint4 v = load_fresh_v4(p.h + at);
-  const float x[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
-  float amax = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-  const float scale = block_scale(amax), inverse = 1.f / scale;
-  *reinterpret_cast<uint32_t*>(p.codes + at) =
-      to_e4m3x2(x[0] * inverse, x[1] * inverse) | uint32_t(to_e4m3x2(x[2] * inverse, x[3] * inverse)) << 16;
+  float scale;
+  *reinterpret_cast<uint32_t*>(p.codes + at) = quantize_f32(load_fresh_v4(p.h + at), scale);
   if (lane == 0) p.scales[slot * scale_pitch(p.k_blocks) + chunk] = scale;
 }
 

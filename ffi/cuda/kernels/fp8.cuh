@@ -59,4 +59,16 @@ DEVICE uint2 quantize_bf16(const uint4& values, float& scale) {
                     to_e4m3x2(x[4], x[5]) | uint32_t(to_e4m3x2(x[6], x[7])) << 16);
 }
 
+// 4 of 128 float32 values of a block held by a warp -> their e4m3 codes, and the block's scale. By whole warps.
+DEVICE uint32_t quantize_f32(const uint4& values, float& scale) {
+  const float x[4] = {__uint_as_float(values.x), __uint_as_float(values.y), __uint_as_float(values.z),
+                      __uint_as_float(values.w)};
+  float amax = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+  scale = block_scale(amax);
+  const float inverse = 1.f / scale;
+  return to_e4m3x2(x[0] * inverse, x[1] * inverse) | uint32_t(to_e4m3x2(x[2] * inverse, x[3] * inverse)) << 16;
+}
+
 }  // namespace jax_moe::cuda
