@@ -21,8 +21,8 @@ SAME_QUANTIZATION = Tolerance(5e-3, 0.03)  # against a reference that rounds whe
 UNQUANTIZED = Tolerance(4e-2, 0.5)  # against one that rounds nowhere; the element bound admits large columns
 # Powers of two do not bring the largest value to 448, where codes are relatively finest.
 UNQUANTIZED_MX = Tolerance(5e-2, 0.5)
-# Against the first, where few values meet FP8 tensor cores, whose sums keep 14 bits: about 1 % of the intermediate's codes
-# take the neighbour. In a layer of real width that is 4e-3; where a row has 128 values, one such code shows.
+# Against the first, where few values meet FP8 tensor cores, whose sums keep 14 bits: about 1 % of the intermediate's
+# codes take the neighbour. In a layer of real width that is 4e-3; where a row has 128 values, one such code shows.
 FEW_VALUES_14_BITS = Tolerance(2e-2, 0.3)
 ROW_FACTOR = 4  # one row averages over fewer roundings than the whole
 ELEMENT_SHARE = 0.999
