@@ -71,7 +71,7 @@ Status DecodeGemm1(const Call& c) {
   p.h = c.workspace.decode_h;
   s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles), d.gemm1.grid, kDecodeThreads, d.gemm1.shared_bytes,
                    d.overlap_previous, c, map, p);
-  if (!s.ok() || d.gemm2_quantizes) return s;
+  if (!s.ok()) return s;
   DecodeQuantizeParameters q{};
   q.slots = p.slots;
   q.num_slots = int(c.p.expanded_rows());
@@ -98,7 +98,6 @@ Status DecodeGemm2(const Call& c) {
   p.top_k = int(c.p.top_k);
   p.h = c.workspace.decode_codes;
   p.h_scale = c.workspace.decode_scales;
-  p.h_f32 = d.gemm2_quantizes ? c.workspace.decode_h : nullptr;
   p.hidden = int(c.p.hidden_size);
   p.slice_rows = d.slice_columns;
   p.h_buffers = d.h_buffers;

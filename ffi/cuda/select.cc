@@ -66,7 +66,6 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
     d.h_buffers = std::clamp(kLoneHBytes / h_bytes, 2, kMaxHBuffers);
     gemm2_ring = kGemm2LoneRingBytes;
   }
-  d.gemm2_quantizes = tokens == 1 && p.top_k <= d.h_buffers && p.hidden_size / d.slice_columns <= num_sms;
   const bool gemm1_fits =
       FitTile(p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1);
   const bool gemm2_fits =

@@ -23,7 +23,6 @@ struct DecodeConfig {
   int quantize_ctas;  // of a kernel that quantises the tokens; 0: gemm1's CTAs do, or there is nothing to do
   int slice_columns;  // of the output, a tile of gemm2
   int h_buffers;
-  bool gemm2_quantizes;   // h, instead of a kernel in between
   bool overlap_previous;  // gemm1 starts before the kernel before this call has ended
   DecodeTile gemm1, gemm2;
 };

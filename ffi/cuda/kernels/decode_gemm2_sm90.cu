@@ -59,31 +59,6 @@ DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGe
   }
 }
 
-// The one token's rows of h, one in each buffer, quantised by the math warps: for so little, a kernel in between and a
-// copy of what it wrote would take longer.
-DEVICE void quantize_rows(const Fixed& fixed, uint32_t h, float* h_scale, const DecodeGemm2Parameters& p) {
-  constexpr int kInFlight = 4;
-  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, count = fixed.active.experts.count * k_blocks;
-  for (int first = threadIdx.x / 32; first < count; first += kInFlight * kDecodeWarps) {
-    uint4 v[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int block = first + i * kDecodeWarps, a = block / k_blocks;
-      if (block < count)
-        v[i] = load_fresh_v4(p.h_f32 + (int64_t(fixed.active.slot[a][0]) * k_blocks + block - a * k_blocks) * 128 +
-                             lane * 4);
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int block = first + i * kDecodeWarps, a = block / k_blocks, chunk = block - a * k_blocks;
-      if (block >= count) break;
-      float scale;
-      store_shared_u32(h + a * token_pitch(k_blocks) + chunk * 128 + lane * 4, quantize_f32(v[i], scale));
-      if (lane == 0) h_scale[a * scale_pitch(k_blocks) + chunk] = scale;
-    }
-  }
-}
-
 // Adds up the warps' shares of a slice in their order and stores it.
 template <int kTokenTiles>
 DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* partial) {
@@ -104,8 +79,8 @@ DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* 
 }
 
 template <int kTokenTiles>
-DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, float* h_scale, const float* token_weight, float* partial,
-                     const DecodeGemm2Parameters& p) {
+DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_scale, const float* token_weight,
+                     float* partial, const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = p.slice_rows / 16;
   const WarpShare share(s, p.slice_rows);
@@ -117,18 +92,12 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, float* h_scale, co
     return {active.experts.expert[i - slice * count], first};
   };
   ScaleQueue scales(s, share, find);
-  if (p.h_f32) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    quantize_rows(fixed, h, h_scale, p);
-    named_barrier_sync(kMathBarrier, kDecodeMathThreads);  // arrivals: all math threads; publishes the rows
-  }
   int number = 0, stage = 0;  // of this CTA's experts; the expert's first, of all stages
   RingCursor ring_at, h_at;
   for (int first = blockIdx.x * p.slice_rows; first < p.hidden; first += gridDim.x * p.slice_rows) {
     float sums[kTokenTiles][4] = {};
     for (int a = 0; a < count; ++a, stage += s.steps, h_at.advance(p.h_buffers)) {
-      if (!p.h_f32) fixed.h.wait_full(h_at);
+      fixed.h.wait_full(h_at);
       if (const int first_step = share.first_step(stage); first_step < s.steps) {
         // Routing weights and scales of this thread's two tokens of a tile. NOTE: a token that is not routed here is
         // left out, not multiplied by 0: no NaN of another token's expert gets in.
@@ -173,7 +142,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, float* h_scale, co
       ring_at.advance(s.stages, s.steps);
       scales.advance(s, share, find, ++number);
       __syncwarp();
-      if (!p.h_f32 && lane == 0) fixed.h.release(h_at);
+      if (lane == 0) fixed.h.release(h_at);
     }
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)
@@ -201,7 +170,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
   __syncthreads();
   // NOTE: weights and ids are no kernel's of this call, and what came before GEMM1 was complete when GEMM1 let the next
-  // kernel start: they may be read before the wait. Math warps that get h from another warp need no wait of their own.
+  // kernel start: they may be read before the wait. The math warps need no wait: all they compute comes from h.
   if (warp == kProducerThread / 32) {
     int expert[kSlotsPerLane], ranks[kSlotsPerLane];
     load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
@@ -210,16 +179,16 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   } else if (warp == kRowsThread / 32) {
     fixed.active.build(p.slots, p.weights, reinterpret_cast<float*>(memory + layout.weight), p.num_tokens, p.top_k);
     named_barrier_arrive(kReadyBarrier, kDecodeMathThreads + 32);
-    if (p.h_f32) return;
     wait_for_previous_kernel();
     let_next_kernel_start();
     load_rows(fixed, smem_address(memory + layout.h), smem_address(memory + layout.h_scale), p);
   } else {
     // Arrivals: all math threads and the warp above. Publishes experts and tokens.
     named_barrier_sync(kReadyBarrier, kDecodeMathThreads + 32);
-    multiply<kTokenTiles>(
-        fixed, smem_address(memory), smem_address(memory + layout.h), reinterpret_cast<float*>(memory + layout.h_scale),
-        reinterpret_cast<const float*>(memory + layout.weight), reinterpret_cast<float*>(memory + layout.partial), p);
+    multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.h),
+                          reinterpret_cast<const float*>(memory + layout.h_scale),
+                          reinterpret_cast<const float*>(memory + layout.weight),
+                          reinterpret_cast<float*>(memory + layout.partial), p);
   }
 }
 

@@ -1,8 +1,8 @@
 // Decode: a call of few tokens as kernels that do little but read weights. Weight rows are the M side of the matrix
 // product and all tokens its N side, so weights read once serve every token that needs them. They come through a ring
 // of TMA boxes; e4m3 codes are widened to f16, which is exact, and summed in float32. decode_gemm1: tiles of 16 up and
-// 16 gate rows (or 32 rows), h = activation, float32, a row a slot. decode_quantize: h to e4m3 (of one token, gemm2
-// does). decode_gemm2: slices of output columns.
+// 16 gate rows (or 32 rows), h = activation, float32, a row a slot. decode_quantize: h to e4m3. decode_gemm2: slices of
+// output columns.
 #pragma once
 #include "activation.cuh"
 #include "active_experts.cuh"
@@ -55,7 +55,6 @@ struct DecodeGemm2Parameters {
   int num_tokens, top_k;
   const uint8_t* h;      // e4m3 [T * K, I], a row a slot
   const float* h_scale;  // [T * K, scale_pitch]
-  const float* h_f32;    // [T * K, I]: h as gemm1 leaves it, to be quantised here, else null; at most h_buffers rows
   WeightStream stream;
   int hidden;      // H
   int slice_rows;  // of weights, 16 to 128: columns of the output
