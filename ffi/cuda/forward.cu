@@ -75,6 +75,7 @@ Status Gemm1(const Call& c) {
   GemmShape shape{};
   shape.column_step = c.p.gated() ? 128 : 256;
   shape.half_step = c.p.gated() ? int(inter) : 128;
+  shape.early_experts = c.config.early_experts;
   Status s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden,
                              &b_map, &shape);
   if (!s.ok()) return s;

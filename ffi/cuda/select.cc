@@ -100,6 +100,9 @@ Config Select(const Problem& p, int num_sms) {
   const int64_t most_m_blocks = std::min(rows, rows / kBlockM + std::min(p.local_num_experts, rows));
   c.gemm1_columns = int(CeilDiv(p.intermediate_size, p.gated() ? 128 : 256));
   c.gemm2_columns = int(CeilDiv(p.hidden_size, 256));
+  // Where most experts have a row block, but few rows, so that weights are what takes the time.
+  const int64_t rows_per_expert = rows / p.num_experts;
+  c.early_experts = rows_per_expert >= 1 && rows_per_expert < kBlockM / 2 ? int(p.local_num_experts) : 0;
   c.gemm1_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm1_columns));
   c.gemm2_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm2_columns));
   return c;

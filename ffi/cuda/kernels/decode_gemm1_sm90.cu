@@ -12,8 +12,8 @@ constexpr int kExpertsBarrier = 1, kTokensBarrier = 2;
 constexpr int kSumsBarrier = 3;  // one for each of kTileBuffers
 constexpr int kProducerThread = kDecodeMathThreads, kFinishThread = kDecodeMathThreads + 32;
 
-// All math threads arrive, the finishing warp waits: that publishes the shares of a tile. NOTE: named by constants; with
-// a number known at run time a CTA takes all 16 barriers.
+// All math threads arrive, the finishing warp waits: that publishes the shares of a tile. NOTE: named by constants;
+// with a number known at run time a CTA takes all 16 barriers.
 DEVICE void arrive_sums(int buffer) {
   static_assert(kTileBuffers == 2, "one name each");
   if (buffer == 0)

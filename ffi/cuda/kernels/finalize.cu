@@ -1,4 +1,5 @@
 // Weighted sum of a token's rows, 8 columns a thread, 8 rows in flight.
+#include "../../moe.h"
 #include "finalize.cuh"
 #include "fp8.cuh"
 
@@ -8,36 +9,44 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
   constexpr int kInFlight = 8;
   const int chunks = (p.hidden + kFinalizeColumnsPerCta - 1) / kFinalizeColumnsPerCta;
   const int64_t token = blockIdx.x / chunks;
-  const int column = int(blockIdx.x % chunks) * kFinalizeColumnsPerCta + threadIdx.x * 8;
+  const int column = int(blockIdx.x % chunks) * kFinalizeColumnsPerCta + threadIdx.x * 8, lane = threadIdx.x % 32;
+  // Lane i has the row and the weight of slot i. NOTE: read before the wait: this kernel starts when GEMM2 has waited
+  // for GEMM1, which has waited for the route.
+  static_assert(kMaxTopK <= 32, "a lane a slot");
+  int row = -1;
+  float weight = 0.f;
+  if (lane < p.top_k) {
+    row = __ldcg(p.expanded_idx_to_permuted_idx + token * p.top_k + lane);
+    weight = p.weights.at(token * p.top_k + lane);
+    if (unsigned(row) >= unsigned(p.num_rows)) row = -1;
+  }
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (column >= p.hidden) return;
-  const int32_t* rows = p.expanded_idx_to_permuted_idx + token * p.top_k;
+  const bool inside = column < p.hidden;  // NOTE: no return: the lanes outside still have slots for the others
   float sum[8] = {};
   for (int first = 0; first < p.top_k; first += kInFlight) {
     uint4 y[kInFlight];
-    float weight[kInFlight];
-    bool valid[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int slot = first + i;
-      const int row = slot < p.top_k ? rows[slot] : -1;
-      valid[i] = unsigned(row) < unsigned(p.num_rows);
-      if (!valid[i]) continue;
-      weight[i] = p.weights.at(token * p.top_k + slot);
-      y[i] = __ldcs(reinterpret_cast<const uint4*>(p.y2 + int64_t(row) * p.hidden + column));
+      const int y_row = __shfl_sync(~0u, row, first + i);
+      y[i] = make_uint4(0, 0, 0, 0);
+      if (inside && y_row >= 0)
+        y[i] = __ldcs(reinterpret_cast<const uint4*>(p.y2 + int64_t(y_row) * p.hidden + column));
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      if (!valid[i]) continue;  // NOTE: skipped, not multiplied by 0: nobody's NaN gets in
+      const int y_row = __shfl_sync(~0u, row, first + i);
+      const float y_weight = __shfl_sync(~0u, weight, first + i);
+      if (y_row < 0) continue;  // NOTE: skipped, not multiplied by 0: nobody's NaN gets in
       const uint32_t pairs[4] = {y[i].x, y[i].y, y[i].z, y[i].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        sum[2 * j] += weight[i] * bf16_lo(pairs[j]);
-        sum[2 * j + 1] += weight[i] * bf16_hi(pairs[j]);
+        sum[2 * j] += y_weight * bf16_lo(pairs[j]);
+        sum[2 * j + 1] += y_weight * bf16_hi(pairs[j]);
       }
     }
   }
+  if (!inside) return;
   uint4 out;
   out.x = to_bf16x2(sum[0], sum[1]);
   out.y = to_bf16x2(sum[2], sum[3]);

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
                const __grid_constant__ ActivationEpilogue epilogue) {
   auto& shared = prepare<ActivationEpilogue>(129, kMathWarpgroups * 4 + 4);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
+  if (threadIdx.x == kMathWarpgroups * 128) prefetch_first_b(&b_map, shape, schedule.num_columns);
   wait_for_previous_kernel();
   let_next_kernel_start();  // NOTE: after the wait: GEMM2 reads the tiles of the route before its own
   if (warpgroup == kMathWarpgroups) {

@@ -40,6 +40,7 @@ struct GemmShape {
   int expert_stride;     // rows_per_expert, or k_blocks times that
   int k_stride;          // 0, or rows_per_expert
   int k_columns;         // 128, or 0
+  int early_experts;     // GEMM1 fetches first weights of so many experts to L2 before it knows its tiles
 };
 
 template <class Epilogue>
@@ -62,6 +63,20 @@ using GemmCursor = PipelineCursor<kNumStages>;
 DEVICE int b_row(const GemmShape& shape, const Tile& tile, int half) {
   const int row = tile.column * shape.column_step + half * shape.half_step;
   return row < shape.rows_per_expert ? row : tile.column * shape.column_step;
+}
+
+// The first stages' weights of the tile that this CTA gets if every expert has one row block, to L2: that much of the
+// weights is read while the route is still being made. A wrong guess is most likely another CTA's first tile. By one
+// thread.
+DEVICE void prefetch_first_b(const CUtensorMap* b_map, const GemmShape& shape, int num_columns) {
+  const Tile tile{0, 0, int(blockIdx.x) / num_columns, int(blockIdx.x) % num_columns};
+  if (tile.expert >= shape.early_experts) return;
+  for (int k = 0; k < min(kNumStages, shape.k_blocks); ++k) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      tma_prefetch_2d(b_map, k * shape.k_columns,
+                      tile.expert * shape.expert_stride + k * shape.k_stride + b_row(shape, tile, half));
+  }
 }
 
 // B of one stage, by one thread, which also arrives with all bytes that this stage expects from TMA.

@@ -58,6 +58,7 @@ DEVICE void prefetch_tensor_map(const CUtensorMap* map) { emulation::check_tenso
 DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   emulation::queue_tensor_load(smem, map, 2, x, y, 0, barrier);
 }
+DEVICE void tma_prefetch_2d(const CUtensorMap* map, int, int) { emulation::check_tensor_map(map); }
 DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
   emulation::queue_tensor_load(smem, map, 3, x, y, z, barrier);
 }
