@@ -1,0 +1,208 @@
+"""What each option of a call costs, beside the plain call: layouts, MxFp8, FP8 tokens, routing from logits.
+
+python benchmarks/variants.py --cells qwen3_30b:16,dsv3_e32:4096 --json variants.json
+
+Every variant of a cell computes on the same routings and is timed in turn with the others in one process, by CUDA graph
+replays of rotated inputs through torch, so that clocks and heat are the same for all. Needs a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import torch_facade as facade
+from jax_moe.bench.cuda import quantize_blocks
+from jax_moe.bench.machine import open_device
+from jax_moe.bench.timing import CudaGraph
+from jax_moe.bench.workload import Cell, Routing, draw_routings, number_of_sets, parse_shape
+from jax_moe.problem import SCALE_BLOCK
+
+CELLS = "qwen3_30b:1,qwen3_30b:16,qwen3_30b:64,qwen3_30b:4096,dsv3_e32:1,dsv3_e32:16,dsv3_e32:64,dsv3_e32:4096"
+ROUNDS, REPEATS, PAUSE = 5, 4, 0.03
+PLAIN = "plain"
+WEIGHTS = ("gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale")
+MX = facade.Fp8QuantizationType.MxFp8
+BLOCKED = facade.WeightLayout.BlockMajorK
+Set = dict[str, torch.Tensor]
+
+
+def shuffled(weights: Set) -> Set:
+    return {n: facade.shuffle_matrix_a(w, 64) if "scale" not in n else w for n, w in weights.items()}
+
+
+def blocked(weights: Set) -> Set:
+    return {n: facade.convert_to_block_layout(w, SCALE_BLOCK) if "scale" not in n else w for n, w in weights.items()}
+
+
+def mx_weights(weights: Set) -> Set:
+    """The values of DeepSeekFp8 weights in the MxFp8 format, expert by expert."""
+    made: Set = {}
+    for name in ("gemm1_weights", "gemm2_weights"):
+        parts = []
+        for codes, scale in zip(weights[name], weights[f"{name}_scale"], strict=True):
+            factors = scale.repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)
+            parts.append(facade.mxfp8_quantize(codes.float() * factors, False))
+        made[name] = torch.stack([codes.view(torch.uint8) for codes, _ in parts]).view(torch.float8_e4m3fn)
+        made[f"{name}_scale"] = torch.stack([scale for _, scale in parts])
+    return made
+
+
+def mx_shuffled(weights: Set) -> Set:
+    made: Set = {}
+    for name, w in weights.items():
+        order = facade.reorder_rows_for_gated_act_gemm(w) if name.startswith("gemm1") else w
+        made[name] = (facade.shuffle_matrix_sf_a if "scale" in name else facade.shuffle_matrix_a)(order, 128)
+    return made
+
+
+def mx_grid(weights: Set) -> Set:
+    """One scale for 32x32: the timing does not ask whether it is a good one."""
+    return {n: w[:, ::32].contiguous() if "scale" in n else w for n, w in weights.items()}
+
+
+def prepared(weights: Set) -> Set:
+    folded = facade.prepare_mxfp8_weights(*(weights[name] for name in WEIGHTS), max_exponent_spread=254)
+    return {name: getattr(folded, name) for name in WEIGHTS}
+
+
+def fp8_tokens(x: torch.Tensor) -> Set:
+    codes, scale = quantize_blocks(x.float().view(len(x), -1, SCALE_BLOCK), (2,))
+    return {"hidden_states": codes.view(x.shape), "hidden_states_scale": scale[:, :, 0].t().contiguous()}
+
+
+def logits_of(routing: Routing, num_experts: int) -> torch.Tensor:
+    """float32 logits whose largest are those of the routing's experts, in slot order."""
+    ids = torch.from_numpy(routing.topk_ids >> 16).long()
+    logits = torch.rand((len(ids), num_experts)) - 8
+    falling = 4 - 0.1 * torch.arange(ids.shape[1], dtype=torch.float32)
+    return logits.scatter_(1, ids, falling.expand(ids.shape))
+
+
+class Variants:
+    """The calls of a cell by the names of their variants."""
+
+    def __init__(self, cell: Cell, weights: Set, layouts: dict[str, tuple[Set, dict[str, Any]]], device: Any) -> None:
+        self._cell = cell
+        sets = number_of_sets(cell.tokens)
+        self._routings = draw_routings(cell, sets, cell.tokens)
+        self._tokens = [device.random_tokens(cell, i)["hidden_states"] for i in range(sets)]
+        self._ids = [device.put(routing.topk_ids) for routing in self._routings]
+        self._weights, self._layouts = weights, layouts
+
+    def calls(self) -> dict[str, list[Callable[[], Any]]]:
+        sets = range(len(self._tokens))
+        every = {name: [self._routed(i, *layout) for i in sets] for name, layout in self._layouts.items()}
+        every["fp8 tokens"] = [self._routed(i, self._weights, {}, **fp8_tokens(self._tokens[i])) for i in sets]
+        every["no overlap of kernels"] = [self._routed(i, self._weights, {"enable_pdl": False}) for i in sets]
+        if self._cell.tokens <= 64:
+            every["batch invariant"] = [self._routed(i, self._weights, {"batch_invariant": True}) for i in sets]
+        for method in (facade.RoutingMethodType.Renormalize, facade.RoutingMethodType.DeepSeekV3):
+            every[f"logits, {method.name}"] = [self._from_logits(i, method) for i in sets]
+        return every
+
+    def _common(self, i: int, weights: Set) -> dict[str, Any]:
+        """Arguments by name that the routed function and the one that routes share."""
+        s = self._cell.shape
+        return {
+            **{"routing_bias": None, "hidden_states": self._tokens[i], "hidden_states_scale": None, **weights},
+            **{"num_experts": s.num_experts, "top_k": s.top_k, "n_group": None, "topk_group": None},
+            **{"intermediate_size": s.intermediate_size, "local_expert_offset": s.local_expert_offset},
+            **{"local_num_experts": s.local_num_experts, "routed_scaling_factor": None},
+        }
+
+    def _routed(self, i: int, weights: Set, options: dict[str, Any], **tokens: torch.Tensor) -> Callable[[], Any]:
+        arguments = {"topk_ids": self._ids[i], **self._common(i, weights), **options, **tokens}
+        return lambda: facade.trtllm_fp8_block_scale_routed_moe(**arguments)
+
+    def _from_logits(self, i: int, method: facade.RoutingMethodType) -> Callable[[], Any]:
+        arguments = {
+            "routing_logits": logits_of(self._routings[i], self._cell.shape.num_experts).to(self._ids[i].device),
+            **self._common(i, self._weights),
+            "routing_method_type": method,
+        }
+        if method is facade.RoutingMethodType.DeepSeekV3:
+            bias = torch.zeros(self._cell.shape.num_experts, device=self._ids[i].device)
+            arguments |= {"routing_bias": bias, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+        return lambda: facade.trtllm_fp8_block_scale_moe(**arguments)
+
+
+def weight_layouts(weights: Set) -> dict[str, tuple[Set, dict[str, Any]]]:
+    mx = mx_weights(weights)
+    by_layout = shuffled(weights)
+    return {
+        PLAIN: (weights, {}),
+        "shuffled": (by_layout, {"use_shuffled_weight": True}),
+        "BlockMajorK": (blocked(weights), {"weight_layout": BLOCKED}),
+        "shuffled BlockMajorK": (blocked(by_layout), {"use_shuffled_weight": True, "weight_layout": BLOCKED}),
+        "MxFp8 1x32": (mx, {"fp8_quantization_type": MX}),
+        "MxFp8 32x32": (mx_grid(mx), {"fp8_quantization_type": MX}),
+        "MxFp8 shuffled": (mx_shuffled(mx), {"fp8_quantization_type": MX, "use_shuffled_weight": True}),
+        "MxFp8 prepared": (prepared(mx), {}),
+    }
+
+
+def medians(programs: dict[str, CudaGraph]) -> dict[str, float]:
+    """Microseconds a call of each, by turns."""
+    samples: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(ROUNDS):
+        for name, program in programs.items():
+            time.sleep(PAUSE)
+            samples[name] += program.time(REPEATS)
+    return {name: 1e6 * statistics.median(seconds) for name, seconds in samples.items()}
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    table = Table(title="Microseconds a call: the plain one, others above it", title_justify="left", box=None)
+    table.add_column("variant")
+    names = list(dict.fromkeys(name for result in results for name in result["us"]))
+    for result in results:
+        table.add_column(f"{result['shape']} T={result['tokens']}", justify="right")
+    for name in names:
+        row = []
+        for result in results:
+            us, plain = result["us"].get(name), result["us"][PLAIN]
+            row.append("-" if us is None else f"{us:.1f}" if name == PLAIN else f"{us - plain:+.1f} ({us / plain:.3f})")
+        table.add_row(name, *row)
+    Console(width=240).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What each option of a call costs, beside the plain call.")
+    parser.add_argument("--cells", default=CELLS, help="like qwen3_30b:16,dsv3_e32:4096: a shape and its tokens")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    device = open_device("gpu")
+    cells = [
+        Cell(parse_shape(name), int(tokens), True) for name, tokens in (c.split(":") for c in options.cells.split(","))
+    ]
+    print(f"variants on {torch.cuda.get_device_name()}", flush=True)
+    results: list[dict[str, Any]] = []
+    for shape in dict.fromkeys(cell.shape for cell in cells):
+        *_, weights = device.random_weights(shape, 0)
+        assert isinstance(weights, dict)
+        layouts = weight_layouts(weights)
+        for cell in (cell for cell in cells if cell.shape == shape):
+            calls = Variants(cell, weights, layouts, device).calls()
+            us = medians({name: CudaGraph(of_variant) for name, of_variant in calls.items()})
+            results.append({"shape": shape.name, "tokens": cell.tokens, "us": us})
+            print(f"{shape.name}, {cell.tokens} tokens: plain {us[PLAIN]:.1f} us", flush=True)
+            device.release()
+            if options.json:
+                options.json.write_text(
+                    json.dumps({"device": torch.cuda.get_device_name(), "cells": results}, indent=1)
+                )
+    show(results)
+
+
+if __name__ == "__main__":
+    main()
