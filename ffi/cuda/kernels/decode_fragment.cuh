@@ -51,6 +51,29 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
   }
 }
 
+// The same for the tiles that have one of the tokens `named` (bits), other products are left 0: with few tokens an
+// expert most of them need one tile of two, and a tile costs half as many conversions as the weights do.
+template <int kTokenTiles>
+DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uint32_t rows, uint32_t tokens, int pitch,
+                           int last_token) {
+  static_assert(kTokenTiles == 1 || kTokenTiles == 2, "at most one tile to leave out");
+  if constexpr (kTokenTiles == 2) {
+    const bool first = (named & 0xFF) != 0, second = named >> 8 != 0;
+    if (first != second) {
+      float one[1][4];
+      const int skipped = second ? 8 : 0;
+      multiply_chunk(one, rows, tokens + skipped * pitch, pitch, last_token - skipped);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        product[0][i] = first ? one[0][i] : 0.f;
+        product[1][i] = second ? one[0][i] : 0.f;
+      }
+      return;
+    }
+  }
+  multiply_chunk(product, rows, tokens, pitch, last_token);
+}
+
 // Shuffled weights: the row of 16 that is stored as row r.
 DEVICE int plain_row(int r) { return r < 8 ? 2 * r : 2 * r - 15; }
 

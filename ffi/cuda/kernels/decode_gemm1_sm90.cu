@@ -222,6 +222,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
   PipelineCursor<kTileBuffers> sums_at;
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, stage += s.steps, sums_at.advance()) {
     float sums[kTokenTiles][4] = {};
+    const uint32_t named = fixed.active.tokens[t / p.num_tiles];
     RingCursor at = ring_at;
     at.advance(s.stages, share.first_step(stage));
     for (int step = share.first_step(stage), round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
@@ -229,7 +230,8 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
       const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * s.chunks * 2048;
       share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
         float product[kTokenTiles][4];
-        multiply_chunk(product, rows + in_stage * 2048, x + chunk * 128, token_pitch(s.k_blocks), p.num_tokens - 1);
+        multiply_named(product, named, rows + in_stage * 2048, x + chunk * 128, token_pitch(s.k_blocks),
+                       p.num_tokens - 1);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll

@@ -115,6 +115,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
                               min(token, p.num_tokens - 1) * scale_pitch(s.k_blocks);
           }
         }
+        const uint32_t named = active.tokens[a];
         const uint32_t codes = h + h_at.stage() * tokens_bytes(s.k_blocks, p.num_tokens);
         RingCursor at = ring_at;
         at.advance(s.stages, first_step);
@@ -123,8 +124,8 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
           const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * 2048;
           share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
             float product[kTokenTiles][4];
-            multiply_chunk(product, rows + in_stage * groups * 2048, codes + chunk * 128, token_pitch(s.k_blocks),
-                           p.num_tokens - 1);
+            multiply_named(product, named, rows + in_stage * groups * 2048, codes + chunk * 128,
+                           token_pitch(s.k_blocks), p.num_tokens - 1);
 #pragma unroll
             for (int n = 0; n < kTokenTiles; ++n) {
               const float factor[2] = {scale * row_scale[n][0][chunk] * weight[n][0],
