@@ -16,5 +16,6 @@ Status FinalizeRows(const FinalizeProblem& problem, const FinalizeBuffers& buffe
 
 Status CheckCudaBuild();
 Status Explain(const Problem& problem, int num_sms, std::string* text);  // cuda::Explain
+Status LaunchedStages(const Problem& problem, int num_sms, int* stages);  // cuda::LaunchedStages
 
 }  // namespace jax_moe
