@@ -5,6 +5,7 @@ alone. The emulated kernels' are in test_emulation_options.py, a GPU's in gpu/te
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from typing import Any
 
@@ -204,8 +205,9 @@ def test_compiled_graphs_hold_what_the_environment_said(value: str, monkeypatch:
 
     torch._dynamo.reset()
     monkeypatch.setenv(BATCH_INVARIANT, value)
-    compiled = torch.compile(lambda x: torch_calls.function(**given | {"hidden_states": x}), backend=backend, fullgraph=True)
-    compiled(given["hidden_states"])
-    (call,) = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    layer = functools.partial(torch_calls.function, **given)
+    torch.compile(lambda x: layer(hidden_states=x), backend=backend, fullgraph=True)(given["hidden_states"])
+    op = torch.ops.jax_moe.fp8_block_scale_routed_moe.default
+    (call,) = [node for node in graphs[0].graph.nodes if node.target == op]
     (options,) = [argument for argument in call.args if isinstance(argument, (list, tuple))]
     assert options[OPTIONS.index("batch_invariant")] == int(value)
