@@ -100,10 +100,10 @@ def fp8_block_scale_routed_moe(
                              clamped to at most limit and up to [-limit, limit]. None: 1, 0 and no clamp.
       hidden_states_scale_order  "block_major" or "token_major", the order of hidden_states_scale. None is "block_major"
                              with DeepSeekFp8 and "token_major" with MxFp8.
-      batch_invariant        True: a token's bits do not depend on the other tokens of the call, on their number or on the
-                             kernels that a number of tokens would get. On a GPU calls of few tokens are slower for it;
-                             the CPU does so anyway. None: as environment variable JAX_MOE_BATCH_INVARIANT says while
-                             tracing (1 or true).
+      batch_invariant        True: a token's bits do not depend on the other tokens of the call, on their number or on
+                             the kernels that a number of tokens would get. On a GPU calls of few tokens are slower for
+                             it; the CPU does so anyway. None: as environment variable JAX_MOE_BATCH_INVARIANT says
+                             while tracing (1 or true).
       enable_pdl             None or True: a kernel on a GPU may start while the one before it ends (programmatic
                              dependent launch). False: one after the other. Same bits.
       n_group, topk_group, routing_method_type, routed_scaling_factor describe how topk_ids were computed. They are

@@ -136,8 +136,9 @@ def run(
     offset_on_device: bool = False,
     **changes: Any,
 ) -> dict[str, NDArray]:
-    """The outputs of a call by name, of whose problem some fields may change. Outputs and workspace start as 0xFF; inputs
-    must be left as they were."""
+    """The outputs of a call by name; some fields of its problem may change. Outputs and workspace start as 0xFF, and
+    inputs must be left as they were.
+    """
     problem = dataclasses.replace(cases.problem(case, given, offset_on_device), **changes)
     arrays: dict[str, NDArray] = {name: array for name, array in given.items() if array is not None}
     if offset_on_device:

@@ -1,5 +1,5 @@
-"""batch_invariant and enable_pdl of the CUDA sources on the emulated machine: a token's bits are those that it gets alone,
-and no bit depends on whether kernels overlap.
+"""batch_invariant and enable_pdl of the CUDA sources on the emulated machine: a token's bits are those that it gets
+alone, and no bit depends on whether kernels overlap.
 """
 
 from __future__ import annotations

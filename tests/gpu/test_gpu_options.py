@@ -73,6 +73,16 @@ def test_a_tokens_bits_do_not_depend_on_the_batch(cuda: Cuda, case: cases.Case) 
     compare.assert_same_bits(run(order), whole[order], "tokens in another order")
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_finalising_apart_gives_the_invariant_bits(cuda: Cuda, tokens: int) -> None:
+    import torch_facade
+
+    given = arguments(dataclasses.replace(WIDE, tokens=tokens), cuda.device)
+    whole = torch_calls.function(**given, batch_invariant=True)
+    parts = torch_calls.function(**given | {"do_finalize": False})
+    compare.assert_same_bits(*(torch_calls.array(x.cpu()) for x in (torch_facade.finalize(*parts), whole)), "output")
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="needs jax")
 def test_jax_gives_the_same_invariant_bits(cuda: Cuda) -> None:
     import jax
