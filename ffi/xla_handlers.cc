@@ -30,15 +30,12 @@ struct Attributes {
 }  // namespace
 }  // namespace jax_moe
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_moe::Attributes, ffi::StructMember<int64_t>("num_experts"),
-                                      ffi::StructMember<int64_t>("fp8_quantization_type"),
-                                      ffi::StructMember<int64_t>("activation_type"),
-                                      ffi::StructMember<int64_t>("weight_layout"),
-                                      ffi::StructMember<int64_t>("use_shuffled_weight"),
-                                      ffi::StructMember<int64_t>("do_finalize"),
-                                      ffi::StructMember<int64_t>("batch_invariant"),
-                                      ffi::StructMember<int64_t>("enable_pdl"),
-                                      ffi::StructMember<int64_t>("hidden_states_scale_token_major"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_moe::Attributes, ffi::StructMember<int64_t>("num_experts"), ffi::StructMember<int64_t>("fp8_quantization_type"),
+    ffi::StructMember<int64_t>("activation_type"), ffi::StructMember<int64_t>("weight_layout"),
+    ffi::StructMember<int64_t>("use_shuffled_weight"), ffi::StructMember<int64_t>("do_finalize"),
+    ffi::StructMember<int64_t>("batch_invariant"), ffi::StructMember<int64_t>("enable_pdl"),
+    ffi::StructMember<int64_t>("hidden_states_scale_token_major"));
 
 namespace jax_moe {
 namespace {

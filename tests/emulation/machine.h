@@ -58,7 +58,7 @@ struct Thread {
 };
 
 // scheduler.cc
-extern Thread* current;         // null on the host
+extern Thread* current;  // null on the host
 struct Launches {
   int all, overlapping;
 };
