@@ -87,7 +87,7 @@ def torch_rows(device: str) -> Iterator[Row]:
     yield "torch, an addition", lambda: output + output
 
     tensors = [given[name] for name in arrays()]
-    integers = [EXPERTS, TOP_K, 0, 0, INTER, OFFSET, LOCAL, 0, 0, 0, 1, 3, 1]
+    integers = [EXPERTS, TOP_K, 0, 0, INTER, OFFSET, LOCAL, 0, 0, 0, 1, 3, 1, 0, 1]
     op = torch.ops.jax_moe.fp8_block_scale_routed_moe.default
     yield "torch op, as compiled graphs call it", lambda: op(*tensors, integers)
     yield "torch compiled", torch.compile(lambda: routed(**layer), fullgraph=True, backend="aot_eager")

@@ -40,4 +40,12 @@ Status Explain([[maybe_unused]] const Problem& problem, [[maybe_unused]] int num
   return CheckCudaBuild();
 }
 
+Status LaunchedStages([[maybe_unused]] const Problem& problem, [[maybe_unused]] int num_sms,
+                      [[maybe_unused]] int* stages) {
+#if JAX_MOE_HAS_CUDA
+  *stages = cuda::LaunchedStages(problem, num_sms);
+#endif
+  return CheckCudaBuild();
+}
+
 }  // namespace jax_moe

@@ -15,6 +15,7 @@ Status RouteLogits(const RoutingProblem& problem, const RoutingBuffers& buffers,
 Status FinalizeRows(const FinalizeProblem& problem, const FinalizeBuffers& buffers, int device, void* stream);
 
 Status CheckCudaBuild();
-Status Explain(const Problem& problem, int num_sms, std::string* text);  // cuda::Explain
+Status Explain(const Problem& problem, int num_sms, std::string* text);   // cuda::Explain
+Status LaunchedStages(const Problem& problem, int num_sms, int* stages);  // cuda::LaunchedStages
 
 }  // namespace jax_moe

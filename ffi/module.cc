@@ -206,6 +206,14 @@ NB_MODULE(_native, m) {
         return text;
       },
       "problem"_a, "num_sms"_a);
+  m.def(
+      "launched_stages",
+      [](const Problem& problem, int num_sms) {
+        int stages = 0;
+        RaiseUnlessOk(LaunchedStages(problem, num_sms, &stages));
+        return stages;
+      },
+      "problem"_a, "num_sms"_a);
 
   BindOp<RoutingProblem, RoutingBuffers>(
       m,

@@ -27,7 +27,8 @@ inline constexpr int64_t kMaxTopK = 32;
 // One line a field: everything that a backend has to know of a call. All are int64 so that Python can hand them over
 // as one list. hidden_states_scale_*_stride count elements: [H/128, T] has block stride T and token stride 1.
 // weights_scale_rows share a weight scale: 128, with MxFp8 1 or 32. local_expert_offset is used when
-// Buffers::local_expert_offset is null. topk_weights_dtype kNone: topk_ids are packed.
+// Buffers::local_expert_offset is null. topk_weights_dtype kNone: topk_ids are packed. batch_invariant: a token's bits
+// depend on nothing of the other tokens, their number included. enable_pdl: kernels may overlap the one before.
 #define JAX_MOE_PROBLEM_FIELDS(FIELD)     \
   FIELD(num_tokens)                       \
   FIELD(hidden_size)                      \
@@ -46,7 +47,9 @@ inline constexpr int64_t kMaxTopK = 32;
   FIELD(weight_layout)                    \
   FIELD(use_shuffled_weight)              \
   FIELD(has_gemm1_lora_delta)             \
-  FIELD(do_finalize)
+  FIELD(do_finalize)                      \
+  FIELD(batch_invariant)                  \
+  FIELD(enable_pdl)
 
 // Operands then results, in the order of the XLA custom call. Absent arrays have null data and zero bytes.
 // M = 2I (gated: up rows, then gate rows) or I. Shapes of weights are those of MajorK; BlockMajorK is [L, K/128, rows,
@@ -142,6 +145,8 @@ namespace cuda {
 Status Forward(const Problem& problem, const Buffers& buffers, int device, void* stream, int stages = kAllStages);
 // The kernels and tiles chosen for a problem, as text; needs no device.
 std::string Explain(const Problem& problem, int num_sms);
+// The stages that launch a kernel; needs no device.
+int LaunchedStages(const Problem& problem, int num_sms);
 }  // namespace cuda
 
 }  // namespace jax_moe

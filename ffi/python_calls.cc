@@ -1,6 +1,8 @@
 // Finds and runs the plans of calls that repeat. Everything here runs under Python's lock but the launch itself.
 #include "python_calls.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
@@ -39,6 +41,14 @@ bool DescribeOption(nb::handle option, std::vector<int64_t>* key) {
   key->push_back(reinterpret_cast<intptr_t>(Py_TYPE(option.ptr())));
   key->push_back(value);
   return true;
+}
+
+// What an option that is None may read (jax_moe/options.py): the first bytes tell its right values apart.
+int64_t DescribeEnvironment() {
+  int64_t word = 0;
+  if (const char* value = std::getenv("JAX_MOE_BATCH_INVARIANT"))
+    std::memcpy(&word, value, std::min(std::strlen(value), sizeof word));
+  return word;
 }
 
 }  // namespace
@@ -118,6 +128,7 @@ bool PlannedCalls::Describe(nb::tuple tensors, nb::tuple options, bool grad, Cal
   }
   for (const nb::handle option : options)
     if (!DescribeOption(option, &call->key)) return false;
+  call->key.push_back(DescribeEnvironment());
   return call->device.type == dlpack::kCpu || IsCurrent(call->device);
 }
 

@@ -50,7 +50,7 @@ class PlannedCalls {
     nanobind::tuple options;  // alive, so that their addresses stay theirs
   };
   struct Call {
-    Key key;  // layouts and options: two calls of one key differ in addresses only
+    Key key;  // layouts, options and the environment: two calls of one key differ in addresses only
     std::vector<uintptr_t> pointers;
     dlpack::Device device{dlpack::kCpu, 0};
   };

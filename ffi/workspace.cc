@@ -34,7 +34,7 @@ class Carve {
 }  // namespace
 
 bool MayDecode(const Problem& p) {
-  return p.do_finalize && !p.has_gemm1_lora_delta && p.local_num_experts <= kMaxDecodeExperts;
+  return p.do_finalize && !p.has_gemm1_lora_delta && !p.batch_invariant && p.local_num_experts <= kMaxDecodeExperts;
 }
 
 Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {

@@ -20,6 +20,7 @@ namespace {
 // The attributes, all i64.
 struct Attributes {
   int64_t num_experts, fp8_quantization_type, activation_type, weight_layout, use_shuffled_weight, do_finalize;
+  int64_t batch_invariant, enable_pdl;
   int64_t hidden_states_scale_token_major;  // [T, H/128] instead of [H/128, T]; with MxFp8 H/32
 
   bool block_major_k() const { return weight_layout == int64_t(WeightLayout::kBlockMajorK); }
@@ -29,13 +30,12 @@ struct Attributes {
 }  // namespace
 }  // namespace jax_moe
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_moe::Attributes, ffi::StructMember<int64_t>("num_experts"),
-                                      ffi::StructMember<int64_t>("fp8_quantization_type"),
-                                      ffi::StructMember<int64_t>("activation_type"),
-                                      ffi::StructMember<int64_t>("weight_layout"),
-                                      ffi::StructMember<int64_t>("use_shuffled_weight"),
-                                      ffi::StructMember<int64_t>("do_finalize"),
-                                      ffi::StructMember<int64_t>("hidden_states_scale_token_major"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_moe::Attributes, ffi::StructMember<int64_t>("num_experts"), ffi::StructMember<int64_t>("fp8_quantization_type"),
+    ffi::StructMember<int64_t>("activation_type"), ffi::StructMember<int64_t>("weight_layout"),
+    ffi::StructMember<int64_t>("use_shuffled_weight"), ffi::StructMember<int64_t>("do_finalize"),
+    ffi::StructMember<int64_t>("batch_invariant"), ffi::StructMember<int64_t>("enable_pdl"),
+    ffi::StructMember<int64_t>("hidden_states_scale_token_major"));
 
 namespace jax_moe {
 namespace {
@@ -182,6 +182,8 @@ Problem Describe(ffi::RemainingArgs operands, const Attributes& attributes) {
   p.use_shuffled_weight = attributes.use_shuffled_weight;
   p.has_gemm1_lora_delta = !IsAbsent(lora.dimensions());
   p.do_finalize = attributes.do_finalize;
+  p.batch_invariant = attributes.batch_invariant;
+  p.enable_pdl = attributes.enable_pdl;
   const int64_t rows = gemm1.dimensions()[p.block_major_k() ? 2 : 1];
   p.intermediate_size = p.gated() ? rows / 2 : rows;
   // Division without a rest, or 0, which is refused.

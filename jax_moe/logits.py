@@ -96,6 +96,8 @@ def fp8_block_scale_moe(
     gemm1_beta: ArrayLike | None = None,
     gemm1_clamp_limit: ArrayLike | None = None,
     hidden_states_scale_order: str | None = None,
+    batch_invariant: bool | None = None,
+    enable_pdl: bool | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """A mixture-of-experts layer on FP8 weights with block scales, from the router's logits: `route`, then
     `fp8_block_scale_routed_moe` with its ids and float32 weights.
@@ -134,6 +136,8 @@ def fp8_block_scale_moe(
         gemm1_beta=gemm1_beta,
         gemm1_clamp_limit=gemm1_clamp_limit,
         hidden_states_scale_order=hidden_states_scale_order,
+        batch_invariant=batch_invariant,
+        enable_pdl=enable_pdl,
     )
 
 

@@ -47,6 +47,8 @@ def fp8_block_scale_routed_moe(
     gemm1_beta: ArrayLike | None = None,
     gemm1_clamp_limit: ArrayLike | None = None,
     hidden_states_scale_order: str | None = None,
+    batch_invariant: bool | None = None,
+    enable_pdl: bool | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """A mixture-of-experts layer on FP8 weights with block scales, for tokens that are routed already.
 
@@ -98,6 +100,12 @@ def fp8_block_scale_routed_moe(
                              clamped to at most limit and up to [-limit, limit]. None: 1, 0 and no clamp.
       hidden_states_scale_order  "block_major" or "token_major", the order of hidden_states_scale. None is "block_major"
                              with DeepSeekFp8 and "token_major" with MxFp8.
+      batch_invariant        True: a token's bits do not depend on the other tokens of the call, on their number or on
+                             the kernels that a number of tokens would get. On a GPU calls of few tokens are slower for
+                             it; the CPU does so anyway. None: as environment variable JAX_MOE_BATCH_INVARIANT says
+                             while tracing (1 or true).
+      enable_pdl             None or True: a kernel on a GPU may start while the one before it ends (programmatic
+                             dependent launch). False: one after the other. Same bits.
       n_group, topk_group, routing_method_type, routed_scaling_factor describe how topk_ids were computed. They are
                              checked against each other and change nothing: the given weights are used as they are.
 
@@ -113,8 +121,8 @@ def fp8_block_scale_routed_moe(
                                     MxFp8: uint8 [I/128, likewise, 4], E8M0 bytes: scale [i // 128, row, i % 128 // 32].
 
     Works under jit, scan, vmap (over tokens, for the output alone, it stays one call; else it becomes a loop),
-    shard_map, export with a symbolic T (which JAX takes to be at least 1), and on T = 0. A token's result does not
-    depend on the other tokens. Inference only.
+    shard_map, export with a symbolic T (which JAX takes to be at least 1), and on T = 0. NaN or Inf of one token do
+    not reach another's result. Inference only.
 
     Raises, while tracing, ValueError for arguments that do not fit each other and NotImplementedError for what this
     version does not have, differentiation among it.
@@ -133,6 +141,8 @@ def fp8_block_scale_routed_moe(
         n_group=n_group,
         topk_group=topk_group,
         routed_scaling_factor=routed_scaling_factor,
+        batch_invariant=batch_invariant,
+        enable_pdl=enable_pdl,
     )
     arguments = {
         **_routing(topk_ids),

@@ -212,3 +212,8 @@ def plan_finalize(problem: finalize_problem.FinalizeProblem, *rest: Any) -> Any:
 def explain(problem: contract.Problem, num_sms: int = 132) -> str:
     """The kernels and tiles that a GPU with `num_sms` multiprocessors would run for `problem`, as text."""
     return load().explain(handle(problem), num_sms)
+
+
+def launched_stages(problem: contract.Problem, num_sms: int = 132) -> int:
+    """The stages, a mask, that launch kernels on a GPU with `num_sms` multiprocessors."""
+    return load().launched_stages(handle(problem), num_sms)

@@ -8,9 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import os
 from typing import Any, TypeGuard
 
 from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
+
+BATCH_INVARIANT = "JAX_MOE_BATCH_INVARIANT"  # the environment variable that batch_invariant=None reads
+SPELLINGS = {"": False, "0": False, "false": False, "1": True, "true": True}  # of its value
 
 GATED = (ActivationType.Swiglu, ActivationType.Geglu)  # gemm1_weights has up rows and gate rows
 
@@ -28,6 +32,8 @@ class Options:
     n_group: int | None = None
     topk_group: int | None = None
     routed_scaling_factor: float | None = None
+    batch_invariant: bool = False
+    enable_pdl: bool = True
 
     @staticmethod
     def parse(
@@ -42,6 +48,8 @@ class Options:
         n_group: int | None = None,
         topk_group: int | None = None,
         routed_scaling_factor: float | None = None,
+        batch_invariant: object = None,
+        enable_pdl: object = None,
     ) -> Options:
         """Raises ValueError for what the contract forbids."""
         options = Options(
@@ -54,6 +62,8 @@ class Options:
             n_group,
             topk_group,
             routed_scaling_factor,
+            resolve_batch_invariant(function, batch_invariant),
+            enable_pdl is None or _flag(function, "enable_pdl", enable_pdl, "None, True or False"),
         )
         check_scaling_factor(function, routed_scaling_factor)
         options._check_combination(function)
@@ -109,7 +119,17 @@ def check_scaling_factor(function: str, value: Any) -> None:
         raise invalid(function, "routed_scaling_factor", "None or a finite number", repr(value))
 
 
-def _flag(function: str, argument: str, value: object) -> bool:
+def resolve_batch_invariant(function: str, value: object) -> bool:
+    """What batch_invariant says, or where it is None the environment at this moment."""
+    if value is not None:
+        return _flag(function, "batch_invariant", value, "None, True or False")
+    text = os.environ.get(BATCH_INVARIANT, "")
+    if text.lower() not in SPELLINGS:
+        raise invalid(function, f"environment variable {BATCH_INVARIANT}", "1, true, 0 or false", repr(text))
+    return SPELLINGS[text.lower()]
+
+
+def _flag(function: str, argument: str, value: object, expected: str = "True or False") -> bool:
     if not isinstance(value, numbers.Integral) or value not in (0, 1):
-        raise invalid(function, argument, "True or False", repr(value))
+        raise invalid(function, argument, expected, repr(value))
     return bool(value)

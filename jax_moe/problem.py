@@ -84,6 +84,8 @@ class Problem:
     use_shuffled_weight: bool
     has_gemm1_lora_delta: bool
     do_finalize: bool
+    batch_invariant: bool
+    enable_pdl: bool
 
     @staticmethod
     def create(
@@ -146,6 +148,8 @@ class Problem:
             options.use_shuffled_weight,
             arrays.get("gemm1_lora_delta") is not None,
             options.do_finalize,
+            options.batch_invariant,
+            options.enable_pdl,
         )
         problem._check_sizes(function, local_expert_offset, declared or {})
         options.check_groups(function, num_experts)
@@ -314,6 +318,8 @@ class Problem:
             "weight_layout": int(self.weight_layout),
             "use_shuffled_weight": int(self.use_shuffled_weight),
             "do_finalize": int(self.do_finalize),
+            "batch_invariant": int(self.batch_invariant),
+            "enable_pdl": int(self.enable_pdl),
         }
 
 

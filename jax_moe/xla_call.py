@@ -57,6 +57,7 @@ class Call(NamedTuple):
     def _without_routing(self) -> Call:
         """The same without the options that were checked and change nothing."""
         kept = ("use_shuffled_weight", "weight_layout", "do_finalize", "fp8_quantization_type", "activation_type")
+        kept += ("batch_invariant", "enable_pdl")
         return self._replace(options=Options(**{name: getattr(self.options, name) for name in kept}))
 
 

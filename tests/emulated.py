@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import dataclasses
 import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import cases
 import ml_dtypes
@@ -92,6 +94,10 @@ class Emulator:
         if status:
             raise EmulatedError(f"{STATUS[status]}: {message.value.decode()}")
 
+    def launches(self) -> tuple[int, int]:
+        """How many kernels the last call launched, and how many of them to overlap the one before."""
+        return self.library.emulated_launches(0), self.library.emulated_launches(1)
+
     def workspace_bytes(self, problem: Problem) -> int:
         fields = problem.fields()
         return self.library.emulated_workspace_bytes((ctypes.c_int64 * len(fields))(*fields))
@@ -128,9 +134,12 @@ def run(
     num_sms: int = 3,
     stages: int = ALL_STAGES,
     offset_on_device: bool = False,
+    **changes: Any,
 ) -> dict[str, NDArray]:
-    """The outputs of a call by name. Outputs and workspace start as 0xFF; inputs must be left as they were."""
-    problem = cases.problem(case, given, offset_on_device)
+    """The outputs of a call by name; some fields of its problem may change. Outputs and workspace start as 0xFF, and
+    inputs must be left as they were.
+    """
+    problem = dataclasses.replace(cases.problem(case, given, offset_on_device), **changes)
     arrays: dict[str, NDArray] = {name: array for name, array in given.items() if array is not None}
     if offset_on_device:
         arrays["local_expert_offset"] = np.array(case.offset, np.int32)

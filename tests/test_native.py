@@ -37,6 +37,8 @@ SMALL = problem.Problem(
     use_shuffled_weight=False,
     has_gemm1_lora_delta=False,
     do_finalize=True,
+    batch_invariant=False,
+    enable_pdl=True,
 )
 NUM_BUFFERS = len(problem.INPUTS) + len(problem.OUTPUTS)
 NO_BUFFERS = [0] * NUM_BUFFERS

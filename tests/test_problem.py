@@ -221,6 +221,8 @@ def test_fields_are_plain_ints_in_the_order_of_the_contract():
         "use_shuffled_weight": 0,
         "has_gemm1_lora_delta": 0,
         "do_finalize": 1,
+        "batch_invariant": 0,
+        "enable_pdl": 1,
     }
 
 

@@ -180,6 +180,21 @@ def test_bench_writes_all_it_measured(
 
 
 @needs_front_end
+def test_bench_of_invariant_calls_leaves_out_stages_that_launch_nothing(
+    small_ceilings: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems: list[Any] = []
+    monkeypatch.setattr(cpu.Cpu, "stages", lambda _, p: problems.append(p) or native.GEMM1 | native.GEMM2)
+    status, result = run_bench(tmp_path / "b.json", "--shapes", TINY, "--tokens", "1", "--batch-invariant")
+    assert status == 0 and result["settings"]["batch_invariant"]
+    assert [problem.batch_invariant for problem in problems] == [True]
+    assert set(result["cells"][0]["stages_us"]) == {"gemm1", "gemm2"}
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(TINY)]
+    stages = row.split()[5:10]  # after shape, input, T, experts and slots
+    assert [cell == "-" for cell in stages] == [True, True, False, False, True]
+
+
+@needs_front_end
 def test_bench_keeps_the_other_cells_when_one_fails(
     small_ceilings: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

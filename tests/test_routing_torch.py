@@ -72,9 +72,10 @@ def test_names_order_and_defaults_are_the_documented_ones() -> None:
         "gemm1_beta",
         "gemm1_clamp_limit",
         "output",
+        "batch_invariant",
     ]
     defaults = [p.default for p in parameters.values() if p.default is not p.empty]
-    assert defaults == [0, False, 0, True, None, 8192, 1, 3, True, None, None, None, None, None]
+    assert defaults == [0, False, 0, True, None, 8192, 1, 3, True, None, None, None, None, None, None]
 
 
 @pytest.mark.parametrize("layer", [LAYER, MX_LAYER], ids=lambda layer: layer.name)

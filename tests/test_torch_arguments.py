@@ -40,6 +40,7 @@ DEFAULTS = {
     "gemm1_alpha": None,
     "gemm1_beta": None,
     "gemm1_clamp_limit": None,
+    "batch_invariant": None,
 }
 
 
@@ -63,7 +64,8 @@ def tensor_of(name: str, case: cases.Case = FULL) -> torch.Tensor:
 def test_signature_is_the_documented_one() -> None:
     parameters = inspect.signature(torch_facade.trtllm_fp8_block_scale_routed_moe).parameters
     assert [(name, parameter.default) for name, parameter in parameters.items()] == list(DEFAULTS.items())
-    assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    by_name_only = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    assert by_name_only == ["batch_invariant"]
 
 
 def test_every_argument_is_described() -> None:
@@ -232,6 +234,7 @@ def test_other_devices_are_refused() -> None:
         ({"routed_scaling_factor": True}, "routed_scaling_factor must be None or a finite number, got True"),
         ({"routed_scaling_factor": math.inf}, "routed_scaling_factor must be None or a finite number, got inf"),
         ({"enable_pdl": 1}, "enable_pdl must be None, True or False, got 1"),
+        ({"batch_invariant": "yes"}, "batch_invariant must be None, True or False, got 'yes'"),
         ({"tune_max_num_tokens": 0}, "tune_max_num_tokens must be a positive integer, got 0"),
         ({"tune_max_num_tokens": 1.5}, "tune_max_num_tokens must be an integer, got 1.5"),
         ({"gemm1_weights": None}, "gemm1_weights must be a torch.Tensor, got NoneType"),

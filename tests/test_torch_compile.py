@@ -338,7 +338,7 @@ def test_ops_pass_torchs_own_checks(form: str, in_place: bool) -> None:
         given["topk_ids"], optional["topk_weights"] = given["topk_ids"]
     options = [case.experts, case.top_k, 0, 0, case.inter, case.offset, case.local, 0]
     options += [int(case.shuffled), case.weight_layout.value, case.quantization.value]
-    options += [case.activation.value, int(case.do_finalize)]
+    options += [case.activation.value, int(case.do_finalize), 0, 1]  # batch_invariant, enable_pdl
     tensors = [given[tensor] for tensor in torch_calls.TENSORS]
     # As the facade does: torch's functionalisation fails on this dtype in ops that write an argument.
     tensors = [t.view(torch.uint8) if t is not None and t.dtype == torch.float8_e8m0fnu else t for t in tensors]

@@ -62,6 +62,7 @@ def trtllm_fp8_block_scale_moe(
     gemm1_beta: torch.Tensor | None = None,
     gemm1_clamp_limit: torch.Tensor | None = None,
     output: torch.Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
     """A mixture-of-experts layer in FP8 with block scales, from the router's logits.
 
@@ -136,6 +137,7 @@ def trtllm_fp8_block_scale_moe(
         gemm1_alpha=gemm1_alpha,
         gemm1_beta=gemm1_beta,
         gemm1_clamp_limit=gemm1_clamp_limit,
+        batch_invariant=batch_invariant,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
-from jax_moe.options import check_scaling_factor
+from jax_moe.options import check_scaling_factor, resolve_batch_invariant
 from jax_moe.problem import SCALES, Array
 
 from . import ops
@@ -58,6 +58,8 @@ def trtllm_fp8_block_scale_routed_moe(
     gemm1_alpha: torch.Tensor | None = None,
     gemm1_beta: torch.Tensor | None = None,
     gemm1_clamp_limit: torch.Tensor | None = None,
+    *,
+    batch_invariant: bool | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
     """A mixture-of-experts layer in FP8 with block scales, on tokens that are routed already.
 
@@ -103,7 +105,8 @@ def trtllm_fp8_block_scale_routed_moe(
         weight_layout: WeightLayout.MajorK, or BlockMajorK, the order of `convert_to_block_layout(weights, 128)`, with
             or without shuffled rows. Weights are read in place in every order. MxFp8 has MajorK only.
         do_finalize: True returns the tensor out; False stops before the weighted sum.
-        enable_pdl: None, True or False; a hint, which changes no result.
+        enable_pdl: None or True: a kernel on a GPU may start while the one before it ends (programmatic dependent
+            launch). False: one after the other. Same bits.
         gemm1_lora_delta: None, or bfloat16 [T, K, M], added to the result of the first GEMM before the activation: row
             [t, k] belongs to slot k of token t, unweighted, its columns in the order of unshuffled gemm1_weights' rows.
         output: None, or bfloat16 [T, H], contiguous, on the same device: written in place and returned.
@@ -116,6 +119,10 @@ def trtllm_fp8_block_scale_routed_moe(
         gemm1_alpha: None (1), or float32 [L], one for each local expert; of Swiglu only.
         gemm1_beta: None (0), or float32 [L], likewise.
         gemm1_clamp_limit: None (no clamp), or float32 [L], likewise.
+        batch_invariant: True: a token's bits do not depend on the other tokens of the call, on their number or on the
+            kernels that a number of tokens would get. On a GPU calls of few tokens are slower for it; the CPU does so
+            anyway. None: as environment variable JAX_MOE_BATCH_INVARIANT says at the call (1 or true), in compiled
+            graphs when they are traced.
 
     Enum arguments may be members, their integers, or members of the same name of another library's enum.
 
@@ -168,6 +175,7 @@ def trtllm_fp8_block_scale_routed_moe(
         fp8_quantization_type,
         activation_type,
         do_finalize,
+        batch_invariant,
     )
     if torch.compiler.is_compiling():
         return _call(given, options)
@@ -268,6 +276,8 @@ def _check_routing_bias(bias: Any, num_experts: int, device: torch.device) -> No
 
 def _options(*values: Any) -> tuple[int, ...]:
     """The integers of the op. Eager calls repeat the same values, so these are looked up."""
+    *others, batch_invariant = values
+    values = (*others, resolve_batch_invariant(FUNCTION, batch_invariant))
     if torch.compiler.is_compiling():  # values may be symbolic there, and compiled code does not come back here
         return _checked_options(*values)
     try:
@@ -293,6 +303,7 @@ def _checked_options(
     fp8_quantization_type: Any,
     activation_type: Any,
     do_finalize: Any,
+    batch_invariant: bool,
 ) -> tuple[int, ...]:
     check_scaling_factor(FUNCTION, routed_scaling_factor)
     if not (enable_pdl is None or isinstance(enable_pdl, bool)):
@@ -313,6 +324,8 @@ def _checked_options(
         _member("fp8_quantization_type", Fp8QuantizationType, fp8_quantization_type),
         _member("activation_type", ActivationType, activation_type),
         _flag("do_finalize", do_finalize),
+        int(batch_invariant),
+        int(enable_pdl is not False),
     )
 
 

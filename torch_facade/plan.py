@@ -39,6 +39,8 @@ OPTIONS = (
     "fp8_quantization_type",
     "activation_type",
     "do_finalize",
+    "batch_invariant",
+    "enable_pdl",
 )
 DECLARED = ("top_k", "intermediate_size", "local_num_experts")
 HIDDEN_STATES = TENSORS.index("hidden_states")

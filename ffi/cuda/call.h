@@ -6,6 +6,7 @@
 #include "kernels/activation.cuh"
 #include "kernels/quantize.cuh"
 #include "kernels/slots.cuh"
+#include "launch.h"
 #include "select.h"
 
 namespace jax_moe::cuda {
@@ -17,7 +18,7 @@ struct Call {
   const Buffers& buffers;
   const Workspace& workspace;
   const Config& config;
-  cudaStream_t stream;
+  LaunchStream stream;  // NOTE: every launch of the call goes there, so that enable_pdl is honoured by each
 
   SlotExperts slot_experts() const {
     return {static_cast<const int32_t*>(buffers.topk_ids.data),

@@ -30,8 +30,7 @@ Status DescribeStream(const Call& c, const Buffer& weights, const Buffer& scale,
 template <class Kernel, class Parameters>
 Status LaunchDecode(const char* name, Kernel* kernel, int grid, int threads, int shared_bytes, bool overlap,
                     const Call& c, const CUtensorMap& map, const Parameters& parameters) {
-  const LaunchShape shape{unsigned(grid), unsigned(threads), unsigned(shared_bytes), overlap,
-                          unsigned(kMaxSharedBytes)};
+  const LaunchShape shape{unsigned(grid), unsigned(threads), unsigned(shared_bytes), overlap};
   return Launch(name, kernel, shape, c.stream, map, parameters);
 }
 

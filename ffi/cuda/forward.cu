@@ -111,7 +111,6 @@ Status Gemm2(const Call& c) {
 }
 
 Status Finalize(const Call& c) {
-  if (!c.p.do_finalize) return {};
   FinalizeParameters f{};
   f.y2 = c.workspace.y2;
   f.expanded_idx_to_permuted_idx = c.workspace.expanded_idx_to_permuted_idx;
@@ -167,11 +166,12 @@ Status Forward(const Problem& problem, const Buffers& buffers, int device, void*
 
   const Workspace workspace = CarveWorkspace(problem, buffers);
   const Config config = Select(problem, num_sms);
-  const Call call{problem, buffers, workspace, config, static_cast<cudaStream_t>(stream)};
+  const Call call{problem, buffers, workspace, config,
+                  LaunchStream(static_cast<cudaStream_t>(stream), problem.enable_pdl != 0)};
   const struct {
     Stage stage;
     const char* name;
-    Status (*grouped)(const Call&);  // null: nothing to do
+    Status (*grouped)(const Call&);  // null: nothing to do, as LaunchedStages says
     Status (*decode)(const Call&);
   } order[] = {{kRoute, "route", Route, nullptr},
                {kPermute, "permute", nullptr, nullptr},
@@ -179,10 +179,10 @@ Status Forward(const Problem& problem, const Buffers& buffers, int device, void*
                {kGemm2, "gemm2", Gemm2, DecodeGemm2},
                {kFinalize, "finalize", Finalize, nullptr}};
   for (const auto& step : order) {
+    if (!(stages & LaunchedStages(problem, config) & step.stage)) continue;
     const auto run = config.decode.used ? step.decode : step.grouped;
-    if (run == nullptr || !(stages & step.stage)) continue;
     if (Status s = run(call); !s.ok()) return s;
-    if (Status s = CheckStage(step.name, call.stream); !s.ok()) return s;
+    if (Status s = CheckStage(step.name, call.stream.handle); !s.ok()) return s;
   }
   return {};
 }

@@ -3,7 +3,6 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <string>
 
 #include "../moe.h"
@@ -16,8 +15,15 @@ inline Status CudaStatus(cudaError_t error, const char* what) {
                           cudaGetErrorString(error));
 }
 
-// Lets a kernel have up to `bytes` of dynamic shared memory on the current device. CUDA is asked once a device.
-Status AllowSharedMemory(const char* name, const void* kernel, int bytes);
+// Lets a kernel have all the dynamic shared memory of a CTA on the current device. CUDA is asked once a device.
+Status AllowSharedMemory(const char* name, const void* kernel);
+
+// Where a call's launches go, and whether they may overlap at all.
+struct LaunchStream {
+  cudaStream_t handle;
+  bool may_overlap;
+  LaunchStream(cudaStream_t handle, bool may_overlap = true) : handle(handle), may_overlap(may_overlap) {}
+};
 
 struct LaunchShape {
   unsigned grid;
@@ -25,28 +31,25 @@ struct LaunchShape {
   unsigned shared_bytes = 0;  // dynamic
   // Programmatic dependent launch: CTAs may start before the kernel before has ended, and wait for it themselves.
   bool overlap_previous = false;
-  unsigned shared_limit = 128 * 1024;  // most of it that any call of the kernel asks for
 };
 
 // Arguments are converted to the kernel's parameter types, as in a <<<>>> launch.
 template <class... Parameters, class... Arguments>
-Status Launch(const char* name, void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
+Status Launch(const char* name, void (*kernel)(Parameters...), LaunchShape shape, LaunchStream stream,
               Arguments&&... arguments) {
   // NOTE: 48 KiB are there unasked, less what the kernel has statically.
-  if (shape.shared_bytes > 40 * 1024) {
-    const int limit = int(std::max(shape.shared_bytes, shape.shared_limit));
-    if (Status s = AllowSharedMemory(name, reinterpret_cast<const void*>(kernel), limit); !s.ok()) return s;
-  }
+  if (shape.shared_bytes > 40 * 1024)
+    if (Status s = AllowSharedMemory(name, reinterpret_cast<const void*>(kernel)); !s.ok()) return s;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.grid);
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = stream;
+  config.stream = stream.handle;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = shape.overlap_previous ? 1 : 0;
+  config.numAttrs = shape.overlap_previous && stream.may_overlap ? 1 : 0;
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 

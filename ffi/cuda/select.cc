@@ -108,6 +108,14 @@ Config Select(const Problem& p, int num_sms) {
   return c;
 }
 
+int LaunchedStages(const Problem& p, const Config& c) {
+  if (p.num_tokens == 0) return 0;
+  if (c.decode.used) return kGemm1 | kGemm2;
+  return kRoute | kGemm1 | kGemm2 | (p.do_finalize ? kFinalize : 0);
+}
+
+int LaunchedStages(const Problem& p, int num_sms) { return LaunchedStages(p, Select(p, num_sms)); }
+
 std::string Explain(const Problem& p, int num_sms) {
   if (p.mx()) return std::string("no kernels: ") + kNoMxFp8 + "\n";
   const Config c = Select(p, num_sms);
@@ -121,6 +129,7 @@ std::string Explain(const Problem& p, int num_sms) {
          << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
     return text.str();
   }
+  if (p.batch_invariant) text << "batch invariant: grouped kernels at every size\n";
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
        << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised 1x128 on the side" : "") << "\n"
        << "gemm1: grouped_gemm_sm90 " << (p.gated() ? "128x(128+128)x128" : "128x256x128")

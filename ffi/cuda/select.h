@@ -47,5 +47,6 @@ inline constexpr char kNoMxFp8[] =
     "prepare_mxfp8_weights() and call with DeepSeekFp8, or run on the CPU";
 
 Config Select(const Problem& problem, int num_sms);
+int LaunchedStages(const Problem& problem, const Config& config);  // a mask of Stage
 
 }  // namespace jax_moe::cuda

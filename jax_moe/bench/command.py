@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=int, help="cut each layer to so many experts (default on a CPU)")
     parser.add_argument("--through", help="front ends: torch,jax (default: those installed)")
     parser.add_argument("--input", choices=("bf16", "fp8"), default="bf16", help="dtype of the hidden states")
+    parser.add_argument("--batch-invariant", action="store_true", help="calls with batch_invariant=True: its cost")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument(
         "--state",
@@ -89,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         "device": device_name(report, device.kind),
         "settings": {
             "input": options.input,
+            "batch_invariant": options.batch_invariant,
             "state": options.state if device.kind == "gpu" else "steady",
             "through": front_ends,
             "repeats": repeats,
@@ -139,7 +141,7 @@ class Bench:
         copies = self.device.weight_copies(weights)
         for number in tokens:
             self.say(f"{shape.name}, {number} tokens")
-            cell = Cell(shape, number, self.options.input == "bf16")
+            cell = Cell(shape, number, self.options.input == "bf16", self.options.batch_invariant)
             facts: dict[str, Any] = {"shape": dataclasses.asdict(shape), "tokens": number, "input": self.options.input}
             try:
                 facts |= self.cell(cell, copies)

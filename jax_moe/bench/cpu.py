@@ -69,6 +69,9 @@ class Cpu:
 
         return call
 
+    def stages(self, problem: Problem) -> int:
+        return native.ALL_STAGES
+
     def program(self, calls: Sequence[Callable[[], Any]]) -> Program:
         return WallClock(calls)
 

@@ -80,6 +80,10 @@ class Cuda:
 
         return call
 
+    def stages(self, problem: Problem) -> int:
+        num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+        return native.launched_stages(problem, num_sms)
+
     def program(self, calls: Sequence[Callable[[], Any]]) -> Program:
         return CudaGraph(calls)
 

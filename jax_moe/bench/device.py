@@ -38,6 +38,10 @@ class Device(Protocol):
         """Runs `stages` on the buffers of INPUTS then OUTPUTS (None where absent), which live as long as the call."""
         ...
 
+    def stages(self, problem: Problem) -> int:
+        """The stages, a mask, in which a call of the problem does something."""
+        ...
+
     def program(self, calls: Sequence[Callable[[], Any]]) -> Program:
         """The calls, ready to be timed."""
         ...

@@ -48,8 +48,9 @@ class Data:
 
 
 def stage_programs(device: Device, cell: Cell, data: Data) -> dict[str, Program]:
-    """Each stage alone, on the state that a whole call on the same set left in its workspace."""
+    """Each stage that does something, alone, on the state that a whole call on the same set left in its workspace."""
     problem = cell.problem()
+    done = device.stages(problem)
     output_bytes, workspace_bytes = 2 * cell.tokens * cell.shape.hidden_size, native.workspace_bytes(problem)
     buffers = [
         {**arrays, "output": device.empty(output_bytes), "workspace": device.empty(workspace_bytes)}
@@ -63,7 +64,7 @@ def stage_programs(device: Device, cell: Cell, data: Data) -> dict[str, Program]
     for call in calls(native.ALL_STAGES):
         call()
     device.synchronize()
-    return {name: device.program(calls(stage)) for name, stage in STAGES.items()}
+    return {name: device.program(calls(stage)) for name, stage in STAGES.items() if stage & done}
 
 
 def torch_calls(cell: Cell, data: Data) -> list[Call]:
@@ -90,6 +91,7 @@ def torch_calls(cell: Cell, data: Data) -> list[Call]:
             s.local_expert_offset,
             s.local_num_experts,
             None,
+            batch_invariant=cell.batch_invariant,
         )
 
     return [of(arrays) for arrays in data.map(to_torch).sets()]
@@ -131,6 +133,7 @@ def jax_op(cell: Cell, arrays: Set) -> Any:
         **{"hidden_states_scale": None, **arrays},
         num_experts=cell.shape.num_experts,
         local_expert_offset=cell.shape.local_expert_offset,
+        batch_invariant=cell.batch_invariant,
     )
 
 

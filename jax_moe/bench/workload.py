@@ -35,6 +35,7 @@ class Cell:
     shape: LayerShape
     tokens: int
     bf16_input: bool
+    batch_invariant: bool = False
 
     def problem(self) -> Problem:
         """The problem of each of its calls."""
@@ -50,8 +51,9 @@ class Cell:
             "gemm2_weights": Array((L, H, I), "float8_e4m3fn"),
             "gemm2_weights_scale": Array((L, hb, ib), "float32"),
         }
+        options = Options(batch_invariant=self.batch_invariant)
         return Problem.create(
-            "bench", arrays, Options(), num_experts=s.num_experts, local_expert_offset=s.local_expert_offset
+            "bench", arrays, options, num_experts=s.num_experts, local_expert_offset=s.local_expert_offset
         )
 
 

@@ -36,6 +36,7 @@ int emulated_forward(const int64_t* problem_fields, void** pointers, const int64
   emulation::settings.seed = seed;
   emulation::settings.num_sms = num_sms;
   emulation::forget_earlier_kernels();
+  emulation::launches = {};
   const jax_moe::Status status = jax_moe::cuda::Forward(problem, buffers, 0, nullptr, stages);
   std::snprintf(message, message_bytes, "%s", status.message.c_str());
   return int(status.code);
@@ -44,6 +45,11 @@ int emulated_forward(const int64_t* problem_fields, void** pointers, const int64
 int64_t emulated_workspace_bytes(const int64_t* problem_fields) {
   const jax_moe::Problem problem = make_problem(problem_fields);
   return jax_moe::WorkspaceSize(problem).at(problem.num_tokens);
+}
+
+// Of the last call: the kernels launched, or those of them that may overlap the one before.
+int emulated_launches(int overlapping) {
+  return overlapping ? emulation::launches.overlapping : emulation::launches.all;
 }
 
 void* emulated_allocate(int64_t bytes, int at_start, const char* name) {

@@ -6,6 +6,9 @@
 #include "overlap.h"
 
 namespace emulation {
+
+Launches launches;
+
 namespace {
 
 constexpr int kMaxShared = 232448, kMaxSharedUnasked = 48 * 1024;
@@ -40,6 +43,8 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
       return refuse("a launch attribute that is not emulated");
     overlaps_previous = config.attrs[i].val.programmaticStreamSerializationAllowed != 0;
   }
+  launches.all += 1;
+  launches.overlapping += overlaps_previous;
   return run_grid(thread, grid, block, uint32_t(config.dynamicSmemBytes), overlaps_previous);
 }
 

@@ -58,7 +58,11 @@ struct Thread {
 };
 
 // scheduler.cc
-extern Thread* current;         // null on the host
+extern Thread* current;  // null on the host
+struct Launches {
+  int all, overlapping;
+};
+extern Launches launches;       // since a call began
 extern std::string last_error;  // of the launch that failed
 cudaError_t run_grid(const std::function<void()>& each_thread, dim3 grid, dim3 block, uint32_t dynamic_bytes,
                      bool overlaps_previous);

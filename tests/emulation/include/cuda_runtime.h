@@ -24,6 +24,9 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9
 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
   cudaDevAttrMultiProcessorCount = 16,
@@ -84,6 +87,11 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   return emulation::set_kernel_attribute(kernel, attribute, value);
+}
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};  // static shared memory is not told apart
+  return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
