@@ -307,7 +307,6 @@ def _large_cases() -> list[Case]:
 ALL = (*_small_cases(), *_option_cases(), *_extreme_cases(), *_mx_cases(), *_large_cases())
 CASES: dict[str, Case] = {case.name: case for case in ALL}
 SMALL = tuple(case for case in CASES.values() if case.size == "small")
-SMALL_ON_GPU = tuple(case for case in SMALL if not case.mx)  # what the CUDA backend has kernels for
 LARGE = tuple(case for case in CASES.values() if case.size == "large")
 
 
