@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
 import emulated
 import mx_properties
@@ -53,3 +55,10 @@ def test_many_stages_and_tiles(emulator: emulated.Emulator) -> None:
     for case in (cases.Case("", 5, 2048, 512, 4, 2, **cases.MX), cases.Case("", 300, 1024, 384, 3, 2, **cases.MX)):
         given = cases.arrays(case)
         results.assert_matches(case, given, emulated.run(emulator, case, given, seed=5, num_sms=2))
+
+
+@pytest.mark.parametrize("change", [{"scale_order": "padded"}, {"x_dtype": "bfloat16"}], ids=["padded", "bf16"])
+def test_tokens_are_prepared_beside_a_route_in_chunks(emulator: emulated.Emulator, change: dict[str, Any]) -> None:
+    case = cases.Case("", 3000, 128, 128, 32, 8, (3, 5), **cases.MX | change)
+    given = cases.arrays(case)
+    results.assert_matches(case, given, emulated.run(emulator, case, given, num_sms=4))
