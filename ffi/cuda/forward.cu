@@ -77,6 +77,7 @@ Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale
                      : EncodeBytes(map, weights.data, experts * rows, k, kHalfN);
 }
 
+// The scales of such weights with MxFp8; by_turns: their up and gate rows take turns, which a grid's do not.
 MxWeightScales DescribeScales(const Call& c, const Buffer& scale, bool by_turns) {
   const bool shuffled = c.p.use_shuffled_weight != 0;
   const MxScaleOrder rows = shuffled ? MxScaleOrder::kInterleaved : MxScaleOrder::kRows;
