@@ -38,7 +38,7 @@ struct Workspace {
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks]
   int32_t* num_m_blocks;                  // [1]
   MBlock* m_blocks;                       // [T*K/128 + L + 1]
-  float* permuted_x_scale;                // [H/128, scale_stride]
+  float* permuted_x_scale;                // [H/128, scale_stride]; on a GPU [H/128, T], only where MxFp8 needs it
   uint8_t* h;      // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
   float* h_scale;  // [I/128, scale_stride], or the result gemm1_activation_scale
   uint16_t* y2;    // bf16 [T*K, H]     or the result gemm2_output without do_finalize

@@ -76,7 +76,7 @@ def fp8_block_scale_routed_moe(
       hidden_states_scale    [T, H/32], or [H/32, T] with hidden_states_scale_order="block_major".
       gemm1_weights_scale    [L, M, H/32], or one for each 32x32 block, [L, M/32, H/32].
       gemm2_weights_scale    [L, H, I/32], or [L, H/32, I/32]; of both weights the same.
-    On a GPU this version runs DeepSeekFp8 only: `prepare_mxfp8_weights` makes such weights of those of MxFp8.
+    `prepare_mxfp8_weights` makes weights for DeepSeekFp8 of them, which is faster on a GPU where tokens are many.
 
     Options:
       num_experts            number of experts in the whole layer, K..32767.

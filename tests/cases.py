@@ -299,6 +299,10 @@ def _large_cases() -> list[Case]:
         _layer("qwen3_30b", 2048, name="qwen3_30b_lora", lora=True),
         _layer("qwen3_30b", 200, name="qwen3_30b_relu2_blocked", **BLOCKED, **OPTIONS["relu2"]),
         _layer("qwen3_30b", 1024, name="qwen3_30b_clamped", **OPTIONS["alpha_beta_clamp"]),
+        _layer("qwen3_30b", 4096, name="qwen3_30b_mx", **MX),
+        _layer("qwen3_30b", 2048, name="qwen3_30b_mx_shuffled_bf16", shuffled=True, **(MX | bf16)),
+        _layer("qwen3_30b", 300, name="qwen3_30b_mx_grid", **MX, **GRID),
+        Case("past_2_31_mx", 40000, 7168, 256, 16, 8, size="large", **MX | {"scale_order": "padded"}),
         Case("past_2_31_lora", 40000, 256, 3584, 16, 8, lora=True, size="large"),
     ]
     return cases
@@ -307,7 +311,6 @@ def _large_cases() -> list[Case]:
 ALL = (*_small_cases(), *_option_cases(), *_extreme_cases(), *_mx_cases(), *_large_cases())
 CASES: dict[str, Case] = {case.name: case for case in ALL}
 SMALL = tuple(case for case in CASES.values() if case.size == "small")
-SMALL_ON_GPU = tuple(case for case in SMALL if not case.mx)  # what the CUDA backend has kernels for
 LARGE = tuple(case for case in CASES.values() if case.size == "large")
 
 

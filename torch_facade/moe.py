@@ -111,8 +111,8 @@ def trtllm_fp8_block_scale_routed_moe(
             [t, k] belongs to slot k of token t, unweighted, its columns in the order of unshuffled gemm1_weights' rows.
         output: None, or bfloat16 [T, H], contiguous, on the same device: written in place and returned.
         tune_max_num_tokens: a positive integer, unused: there is no autotuner.
-        fp8_quantization_type: Fp8QuantizationType.DeepSeekFp8 or MxFp8, which this version runs on CPUs only:
-            `prepare_mxfp8_weights` makes weights for DeepSeekFp8 of those for MxFp8.
+        fp8_quantization_type: Fp8QuantizationType.DeepSeekFp8 or MxFp8. `prepare_mxfp8_weights` makes weights
+            for DeepSeekFp8 of those for MxFp8, which is faster on a GPU where tokens are many.
         activation_type: ActivationType.Swiglu: gate * sigmoid(alpha * gate) * (up + beta), after
             gate = min(gate, limit) and up = clamp(up, -limit, limit). Geglu: up * gelu(gate), with the exact erf.
             Relu2: max(x, 0)^2. Identity: x.

@@ -33,6 +33,11 @@ struct Call {
     const bool bf16 = p.topk_weights_dtype == int64_t(DataType::kBFloat16);
     return {buffers.topk_weights.data, bf16 ? WeightsType::kBFloat16 : WeightsType::kFloat32};
   }
+  // MxFp8: whether the four scales of a token and 128 columns are a word of memory.
+  bool token_scales_are_words() const {
+    return p.hidden_states_scale_block_stride == 1 && p.hidden_states_scale_token_stride % kMxScales == 0 &&
+           reinterpret_cast<uintptr_t>(buffers.hidden_states_scale.data) % kMxScales == 0;
+  }
   // bf16 tokens, to workspace.x and x_scale with rows of scale_pitch scales.
   QuantizeTokens quantize_tokens(int scale_pitch) const {
     const int k_blocks = int(p.hidden_size / kScaleBlock);
@@ -41,7 +46,8 @@ struct Call {
             workspace.x_scale,
             p.num_tokens * k_blocks,
             k_blocks,
-            scale_pitch};
+            scale_pitch,
+            p.mx()};
   }
   ActivationChoice activation() const {
     return {ActivationType(p.activation_type), Floats(buffers.gemm1_alpha), Floats(buffers.gemm1_beta),

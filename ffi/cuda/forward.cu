@@ -12,7 +12,7 @@
 #include "decode.h"
 #include "device.h"
 #include "kernels/finalize.cuh"
-#include "kernels/grouped_gemm_sm90.cuh"
+#include "kernels/grouped_gemm_mx_sm90.cuh"
 #include "kernels/route.cuh"
 #include "launch.h"
 #include "select.h"
@@ -22,6 +22,7 @@ namespace jax_moe::cuda {
 namespace {
 
 static_assert(kGemm1SharedBytes <= kMaxSharedBytes && kGemm2SharedBytes <= kMaxSharedBytes, "shared memory of an SM");
+static_assert(kMxGemm1SharedBytes <= kMaxSharedBytes && kMxGemm2SharedBytes <= kMaxSharedBytes, "likewise");
 
 unsigned Ctas(int64_t items, int64_t per_cta) { return unsigned((items + per_cta - 1) / per_cta); }
 
@@ -46,6 +47,14 @@ Status Route(const Call& c) {
   if (c.p.hidden_states_are_bf16()) {
     r.tokens = c.quantize_tokens(int(c.p.hidden_size / kScaleBlock));
     first.grid += unsigned(c.config.quantize_ctas);
+  } else if (c.p.mx() && !c.token_scales_are_words()) {
+    r.scales = {static_cast<const uint8_t*>(c.buffers.hidden_states_scale.data),
+                c.p.hidden_states_scale_block_stride,
+                c.p.hidden_states_scale_token_stride,
+                c.workspace.permuted_x_scale,
+                c.p.num_tokens * (c.p.hidden_size / kScaleBlock),
+                int(c.p.num_tokens)};
+    first.grid += unsigned(c.config.quantize_ctas);
   }
   if (r.num_chunks == 1) return Launch("route_scatter", route_scatter, first, c.stream, r);
   if (Status s = Launch("route_count", route_count, first, c.stream, r); !s.ok()) return s;
@@ -68,28 +77,56 @@ Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale
                      : EncodeBytes(map, weights.data, experts * rows, k, kHalfN);
 }
 
+// The scales of such weights with MxFp8; by_turns: their up and gate rows take turns, which a grid's do not.
+MxWeightScales DescribeScales(const Call& c, const Buffer& scale, bool by_turns) {
+  const bool shuffled = c.p.use_shuffled_weight != 0;
+  const MxScaleOrder rows = shuffled ? MxScaleOrder::kInterleaved : MxScaleOrder::kRows;
+  const MxScaleOrder grid = by_turns ? MxScaleOrder::kGridByTurns : MxScaleOrder::kGrid;
+  return {static_cast<const uint32_t*>(scale.data), c.p.weights_scale_rows == 1 ? rows : grid};
+}
+
+// Tokens and their scales: the caller's, or those that the route's CTAs have made.
+GatherA DescribeTokens(const Call& c) {
+  const Workspace& w = c.workspace;
+  const int64_t k_blocks = c.p.hidden_size / kScaleBlock;
+  if (c.p.hidden_states_are_bf16()) return {w.x, w.permuted_idx_to_token, w.x_scale, 1, k_blocks};
+  const auto* x = static_cast<const uint8_t*>(c.buffers.hidden_states.data);
+  const float* scale = Floats(c.buffers.hidden_states_scale);
+  const int64_t block_stride = c.p.hidden_states_scale_block_stride;
+  const int64_t token_stride = c.p.hidden_states_scale_token_stride;
+  if (!c.p.mx()) return {x, w.permuted_idx_to_token, scale, block_stride, token_stride};
+  if (c.token_scales_are_words()) return {x, w.permuted_idx_to_token, scale, 1, token_stride / kMxScales};
+  return {x, w.permuted_idx_to_token, w.permuted_x_scale, c.p.num_tokens, 1};
+}
+
 Status Gemm1(const Call& c) {
   const Workspace& w = c.workspace;
   const int64_t hidden = c.p.hidden_size, inter = c.p.intermediate_size;
   CUtensorMap b_map;
   GemmShape shape{};
-  shape.column_step = c.p.gated() ? 128 : 256;
-  shape.half_step = c.p.gated() ? int(inter) : 128;
+  // With MxFp8 shuffled up and gate rows take turns in 256 neighbours.
+  const bool shuffled = c.p.use_shuffled_weight != 0, by_turns = c.p.mx() && shuffled && c.p.gated();
+  const bool apart = c.p.gated() && !by_turns;
+  shape.column_step = apart ? 128 : 256;
+  shape.half_step = apart ? int(inter) : 128;
   shape.early_experts = c.config.early_experts;
   Status s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden,
                              &b_map, &shape);
   if (!s.ok()) return s;
-  GatherA gather{static_cast<const uint8_t*>(c.buffers.hidden_states.data), w.permuted_idx_to_token,
-                 Floats(c.buffers.hidden_states_scale), c.p.hidden_states_scale_block_stride,
-                 c.p.hidden_states_scale_token_stride};
-  if (c.p.hidden_states_are_bf16()) gather = {w.x, w.permuted_idx_to_token, w.x_scale, 1, hidden / kScaleBlock};
+  const GatherA gather = DescribeTokens(c);
   const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm1_columns};
   const void* delta = c.p.has_gemm1_lora_delta ? c.buffers.gemm1_lora_delta.data : nullptr;
   const LoraDelta lora{static_cast<const uint16_t*>(delta), w.permuted_idx_to_expanded_idx, c.p.gemm1_rows()};
-  const ActivationEpilogue epilogue{
-      w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, c.p.use_shuffled_weight != 0};
-  return Launch("gemm1_sm90", gemm1_sm90, {unsigned(c.config.gemm1_grid), kGemmThreads, kGemm1SharedBytes, true},
-                c.stream, b_map, gather, shape, schedule, epilogue);
+  const unsigned grid = unsigned(c.config.gemm1_grid);
+  if (c.p.mx()) {
+    const MxWeightScales scales = DescribeScales(c, c.buffers.gemm1_weights_scale, by_turns);
+    const MxActivationEpilogue epilogue{w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, shuffled};
+    return Launch("gemm1_mx_sm90", gemm1_mx_sm90, {grid, kGemmThreads, kMxGemm1SharedBytes, true}, c.stream, b_map,
+                  gather, shape, scales, schedule, epilogue);
+  }
+  const ActivationEpilogue epilogue{w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, shuffled};
+  return Launch("gemm1_sm90", gemm1_sm90, {grid, kGemmThreads, kGemm1SharedBytes, true}, c.stream, b_map, gather, shape,
+                schedule, epilogue);
 }
 
 Status Gemm2(const Call& c) {
@@ -105,9 +142,17 @@ Status Gemm2(const Call& c) {
     s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &b_map, &shape);
   if (!s.ok()) return s;
   const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm2_columns};
-  const Bf16Epilogue epilogue{w.y2, hidden, c.p.use_shuffled_weight != 0};
-  return Launch("gemm2_sm90", gemm2_sm90, {unsigned(c.config.gemm2_grid), kGemmThreads, kGemm2SharedBytes, true},
-                c.stream, a_map, a_scale_map, b_map, shape, schedule, epilogue);
+  const bool shuffled = c.p.use_shuffled_weight != 0;
+  const unsigned grid = unsigned(c.config.gemm2_grid);
+  if (c.p.mx()) {
+    const MxWeightScales scales = DescribeScales(c, c.buffers.gemm2_weights_scale, false);
+    const MxBf16Epilogue epilogue{w.y2, hidden, shuffled};
+    return Launch("gemm2_mx_sm90", gemm2_mx_sm90, {grid, kGemmThreads, kMxGemm2SharedBytes, true}, c.stream, a_map,
+                  a_scale_map, b_map, shape, scales, schedule, epilogue);
+  }
+  const Bf16Epilogue epilogue{w.y2, hidden, shuffled};
+  return Launch("gemm2_sm90", gemm2_sm90, {grid, kGemmThreads, kGemm2SharedBytes, true}, c.stream, a_map, a_scale_map,
+                b_map, shape, schedule, epilogue);
 }
 
 Status Finalize(const Call& c) {
@@ -156,7 +201,6 @@ Status CheckStage(const char* stage, cudaStream_t stream) {
 
 Status Forward(const Problem& problem, const Buffers& buffers, int device, void* stream, int stages) {
   if (Status s = CheckBuffers(problem, buffers); !s.ok()) return s;
-  if (problem.mx()) return Status::Unsupported(kNoMxFp8);
   int num_sms = 0;
   if (Status s = CheckDevice(device, &num_sms); !s.ok()) return s;
   if (problem.num_tokens == 0) return {};

@@ -48,6 +48,7 @@ bool FitTile(int64_t k, int rows, int ring_bytes, int other_bytes, int least_sha
 DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   DecodeConfig d{};
   const int64_t tokens = p.num_tokens;
+  if (p.mx()) return d;  // the decode kernels have DeepSeekFp8 only
   if (!MayDecode(p) || tokens < 1 || tokens > kMaxDecodeTokens || p.expanded_rows() > kMaxDecodeSlots) return d;
   d.token_tiles = int(CeilDiv(tokens, 8));
   d.slice_columns = 16;
@@ -117,7 +118,6 @@ int LaunchedStages(const Problem& p, const Config& c) {
 int LaunchedStages(const Problem& p, int num_sms) { return LaunchedStages(p, Select(p, num_sms)); }
 
 std::string Explain(const Problem& p, int num_sms) {
-  if (p.mx()) return std::string("no kernels: ") + kNoMxFp8 + "\n";
   const Config c = Select(p, num_sms);
   std::ostringstream text;
   if (const DecodeConfig& d = c.decode; d.used) {
@@ -129,12 +129,14 @@ std::string Explain(const Problem& p, int num_sms) {
          << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
     return text.str();
   }
+  const std::string kernel = p.mx() ? "grouped_gemm_mx_sm90 " : "grouped_gemm_sm90 ";
+  const std::string format = p.mx() ? "1x32" : "1x128";
   if (p.batch_invariant) text << "batch invariant: grouped kernels at every size\n";
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
-       << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised 1x128 on the side" : "") << "\n"
-       << "gemm1: grouped_gemm_sm90 " << (p.gated() ? "128x(128+128)x128" : "128x256x128")
-       << ", gathered A, activation + 1x128 e4m3, " << c.gemm1_columns << " column tiles, " << c.gemm1_grid << " CTAs\n"
-       << "gemm2: grouped_gemm_sm90 128x256x128, bf16, " << c.gemm2_columns << " column tiles, " << c.gemm2_grid
+       << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + " on the side" : "") << "\n"
+       << "gemm1: " << kernel << (p.gated() ? "128x(128+128)x128" : "128x256x128") << ", gathered A, activation + "
+       << format << " e4m3, " << c.gemm1_columns << " column tiles, " << c.gemm1_grid << " CTAs\n"
+       << "gemm2: " << kernel << "128x256x128, bf16, " << c.gemm2_columns << " column tiles, " << c.gemm2_grid
        << " CTAs\n"
        << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller") << "\n"
        << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";

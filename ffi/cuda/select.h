@@ -33,18 +33,13 @@ struct Config {
 
   int route_chunks;      // CTAs of the route kernels; one launch when 1
   int route_chunk_size;  // expanded indices a CTA
-  int quantize_ctas;     // of the first route kernel, for bf16 tokens
+  int quantize_ctas;     // of the first route kernel, for bf16 tokens or scattered E8M0 scales
   int gemm1_grid;        // persistent CTAs
   int gemm2_grid;
   int gemm1_columns;  // column tiles of a row block
   int early_experts;  // whose first weights gemm1 fetches before the route is known
   int gemm2_columns;
 };
-
-// Why a call with MxFp8 is refused on a GPU.
-inline constexpr char kNoMxFp8[] =
-    "fp8_quantization_type must be DeepSeekFp8 on a GPU in this version, got MxFp8; fold the weights with "
-    "prepare_mxfp8_weights() and call with DeepSeekFp8, or run on the CPU";
 
 Config Select(const Problem& problem, int num_sms);
 int LaunchedStages(const Problem& problem, const Config& config);  // a mask of Stage

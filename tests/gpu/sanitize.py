@@ -22,7 +22,8 @@ from results import assert_matches
 
 DEFAULT = (
     "t1 t7 t129 k32 h384_i896 bf16_t53 routing_mixed_window routing_none_local window_1_2 unfinalized_window "
-    "scale_padded_t7 e300 geglu relu2_t257 alpha_beta_clamp blocked_shuffled_t257 apart_garbage lora_unfinalized"
+    "scale_padded_t7 e300 geglu relu2_t257 alpha_beta_clamp blocked_shuffled_t257 apart_garbage lora_unfinalized "
+    "mx_t129 mx_shuffled_t257 mx_padded mx_bf16_t257 mx_shuffled_grid mx_relu2_shuffled mx_lora_unfinalized"
 ).split()
 
 

@@ -27,7 +27,8 @@ PROGRAMS = Path(__file__).with_name("jax_programs.py")
 NAMES = (
     "t0 t1 t7 t129 k32 e300 bf16_t0 bf16_t53 routing_mixed_window window_1_2 unfinalized_t0 unfinalized_window "
     "unfinalized_bf16 extreme_nan_x geglu relu2 alpha_beta_clamp_e300 blocked_shuffled apart_bf16 apart_f32_t257 "
-    "apart_garbage lora lora_t0 lora_unfinalized"
+    "apart_garbage lora lora_t0 lora_unfinalized mx_t129 mx_shuffled_t257 mx_shuffled_grid mx_bf16 mx_block_major "
+    "mx_e8m0 mx_relu2_shuffled mx_lora_unfinalized"
 ).split()
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=lambda case: case.name)
 CASE = CASES["t53"]

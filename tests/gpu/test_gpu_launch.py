@@ -21,7 +21,7 @@ from jax_moe import native
 
 NAMES = (
     "t7 t257 bf16_t53 routing_mixed_window unfinalized_window e300 blocks_t700 lora_unfinalized blocked_shuffled_t257 "
-    "alpha_beta_clamp apart_f32 relu2_t257"
+    "alpha_beta_clamp apart_f32 relu2_t257 mx_t257 mx_shuffled_t257"
 ).split()
 PER_TOKEN = ("topk_ids", "topk_weights", "hidden_states", "gemm1_lora_delta")
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=lambda case: case.name)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import routings
 from call import Call
-from cases import CASES, LARGE, SMALL_ON_GPU, Case
+from cases import CASES, LARGE, SMALL, Case
 from memory import Cuda
 from results import assert_matches, assert_same_results, chosen_tokens
 
@@ -24,7 +24,7 @@ def some(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=lambda case: case.name)
 
 
-@pytest.mark.parametrize("case", SMALL_ON_GPU, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_small_case(cuda: Cuda, case: Case) -> None:
     """Right; inputs untouched; the same bits over a zeroed workspace and with every buffer at its weakest alignment."""
     call = Call(case, memory=cuda)

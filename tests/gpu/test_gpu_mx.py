@@ -1,17 +1,20 @@
-"""MxFp8 where there is a GPU: refused with what to do instead, which is done: weights are folded there and run there.
+"""MxFp8 where there is a GPU: what must hold bit for bit holds there too (test_gpu_matrix.py runs the cases).
 
-Quantisers and folding give the bits of the CPU.
+Quantisers and folding give the bits of the CPU, and folded weights run.
 """
 
 from __future__ import annotations
 
 import cases
 import compare
+import mx_properties
 import numpy as np
 import pytest
 from call import Call
-from cases import CASES, MX, Case
+from cases import MX, Case
 from memory import Cuda
+from numpy.typing import NDArray
+from results import assert_matches, assert_same_results
 
 from jax_moe.enums import Fp8QuantizationType
 
@@ -29,9 +32,41 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8).cpu()
 
 
-def test_mxfp8_is_refused_with_what_to_do_instead(cuda: Cuda) -> None:
-    with pytest.raises(NotImplementedError, match="DeepSeekFp8 on a GPU in this version, got MxFp8; fold the weights"):
-        Call(CASES["mx"], memory=cuda).launch()
+@pytest.fixture
+def run(cuda: Cuda) -> mx_properties.Run:
+    def call(case: Case, given: cases.Arrays) -> dict[str, NDArray]:
+        return Call(case, given, cuda).run()
+
+    return call
+
+
+@pytest.mark.parametrize("name", [*mx_properties.LAYOUTS, "mx_t257", "mx_h640_i896"])
+def test_a_layout_changes_no_bit(run: mx_properties.Run, name: str) -> None:
+    mx_properties.a_layout_changes_no_bit(run, name)
+
+
+@pytest.mark.parametrize("shift", mx_properties.SHIFTS)
+@pytest.mark.parametrize("name", [*mx_properties.MOVED, "mx_t129"])
+def test_powers_of_two_that_move_from_weights_to_tokens_change_no_bit(
+    run: mx_properties.Run, name: str, shift: int
+) -> None:
+    mx_properties.powers_of_two_may_move_from_weights_to_tokens(run, name, shift)
+
+
+@pytest.mark.parametrize("check", mx_properties.CHECKS, ids=lambda check: check.__name__)
+def test_scales_are_exact(run: mx_properties.Run, check: mx_properties.Check) -> None:
+    check(run)
+
+
+@pytest.mark.parametrize("option", ["mx", "mx_shuffled", "mx_bf16", "mx_block_major", "mx_shuffled_grid"])
+def test_numbers_of_tokens_around_the_tiles(cuda: Cuda, option: str) -> None:
+    for count in [*range(1, 20), 31, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257, 511, 513, 1025]:
+        case = Case(f"t{count}", count, 384, 384, 4, 2, weights="signed", seed=count, **cases.MX_OPTIONS[option])
+        call = Call(case, memory=cuda, odd=bool(count % 2))
+        first = call.run()
+        assert_matches(case, call.given, first, on_hopper=True)
+        call.poison(0)
+        assert_same_results(call.run(), first)
 
 
 @pytest.mark.parametrize("swizzled", [False, True])

@@ -19,7 +19,8 @@ torch_calls = pytest.importorskip("torch_calls")
 
 NAMES = (
     "t0 t1 t7 t129 k32 bf16_t0 bf16_t53 routing_mixed_window window_1_2 scale_token_major_t129 unfinalized_t0 "
-    "unfinalized_window unfinalized_bf16 extreme_nan_x"
+    "unfinalized_window unfinalized_bf16 extreme_nan_x mx_t129 mx_shuffled_t257 mx_shuffled_grid mx_bf16 "
+    "mx_block_major mx_padded mx_e8m0 mx_relu2_shuffled mx_unfinalized_nothing_local"
 ).split()
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=lambda case: case.name)
 CASE = CASES["t53"]

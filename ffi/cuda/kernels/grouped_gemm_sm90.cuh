@@ -1,7 +1,8 @@
-// Persistent warp-specialised grouped FP8 GEMM: D[row] = A[row] B[expert]^T with scales 1x128 on A and 128x128 on B,
-// partial sums promoted to float32 registers every 128 of K. Tile 128 rows x 256 weight rows, two math warpgroups of 64
-// rows, one producer warpgroup. GEMM1 gathers token rows by cp.async and has up and gate rows side by side.
-//   shared memory, 4 stages:  [ A 128 x 128 B | B two times 128 x 128 B ] swizzled 128 B,  A scales of 132 rows
+// Persistent warp-specialised grouped FP8 GEMM: D[row] = A[row] B[expert]^T. Tile 128 rows x 256 weight rows, two math
+// warpgroups of 64 rows, one producer warpgroup. GEMM1 gathers token rows by cp.async and has up and gate rows side by
+// side. Here are DeepSeekFp8's kernels: scales 1x128 on A and 128x128 on B, partial sums promoted to float32 registers
+// every 128 of K; and what grouped_gemm_mx_sm90.cuh makes MxFp8's of, with another Format.
+//   shared memory, some stages:  [ A 128 x 128 B | B two times 128 x 128 B ] swizzled 128 B,  A scales of 132 rows
 #pragma once
 #include "epilogue.cuh"
 #include "pipeline.cuh"
@@ -12,7 +13,6 @@ namespace jax_moe::cuda {
 
 inline constexpr int kBlockK = 128;  // bytes of K a stage: one swizzle row and one scale group
 inline constexpr int kHalfN = 128;   // weight rows of one B box, one scale block
-inline constexpr int kNumStages = 4;
 inline constexpr int kMathWarpgroups = 2;
 inline constexpr int kGemmThreads = (kMathWarpgroups + 1) * 128;
 inline constexpr int kBoxRows = 32;  // of A: a tile of few rows loads few
@@ -43,20 +43,25 @@ struct GemmShape {
   int early_experts;     // GEMM1 fetches first weights of so many experts to L2 before it knows its tiles
 };
 
-template <class Epilogue>
-struct GemmSharedMemory {
+// Of DeepSeekFp8. kInFlight: stages that a gathering thread asks for before it waits for the first of them.
+struct DeepSeekFormat {
+  static constexpr int kStages = 4, kInFlight = 2;
   struct Stage {
     uint8_t a[kBlockM * kBlockK];
     uint8_t b[2][kHalfN * kBlockK];
   };
-  Stage stages[kNumStages];
-  uint8_t staging[kMathWarpgroups][Epilogue::kStagingBytes];
-  float a_scale[kNumStages][kScaleBoxPitch];
-  PipelineBarriers<kNumStages> barriers;
-  TileQueue tiles;
 };
 
-using GemmCursor = PipelineCursor<kNumStages>;
+template <class Format, class Epilogue>
+struct GemmSharedMemory {
+  static constexpr int kStages = Format::kStages, kInFlight = Format::kInFlight;
+  using Cursor = PipelineCursor<kStages>;
+  typename Format::Stage stages[kStages];
+  uint8_t staging[kMathWarpgroups][Epilogue::kStagingBytes];
+  float a_scale[kStages][kScaleBoxPitch];  // MxFp8: four E8M0 bytes in the place of each
+  PipelineBarriers<kStages> barriers;
+  TileQueue tiles;
+};
 
 // First weight row of a half, in its expert. NOTE: the second half of the last tile is outside the expert when
 // rows_per_expert is an odd multiple of 128; it repeats the first half and its sums are not stored.
@@ -81,7 +86,7 @@ DEVICE void prefetch_first_b(const CUtensorMap* b_map, const GemmShape& shape, i
 
 // B of one stage, by one thread, which also arrives with all bytes that this stage expects from TMA.
 template <class Shared>
-DEVICE void load_b(Shared& shared, const GemmCursor& at, const CUtensorMap* b_map, const GemmShape& shape,
+DEVICE void load_b(Shared& shared, const typename Shared::Cursor& at, const CUtensorMap* b_map, const GemmShape& shape,
                    const Tile& tile, int k, uint32_t other_bytes) {
   auto& stage = shared.stages[at.stage()];
   const uint32_t full = shared.barriers.full_address(at.stage());
@@ -103,7 +108,7 @@ struct TmaA {
   }
 
   template <class Shared>
-  DEVICE void load(Shared& shared, const GemmCursor& at, const Tile& tile, int k) const {
+  DEVICE void load(Shared& shared, const typename Shared::Cursor& at, const Tile& tile, int k) const {
     const uint32_t full = shared.barriers.full_address(at.stage()), to = smem_address(shared.stages[at.stage()].a);
     for (int box = 0; box < boxes(tile); ++box)
       tma_load_2d(to + box * kBoxRows * kBlockK, map, k * kBlockK, tile.row0 + box * kBoxRows, full);
@@ -118,13 +123,13 @@ DEVICE void produce(Shared& shared, const TmaA& a, const CUtensorMap* b_map, con
   prefetch_tensor_map(a.map);
   prefetch_tensor_map(a.scale_map);
   prefetch_tensor_map(b_map);
-  GemmCursor at;
+  typename Shared::Cursor at;
   TileReader reader;
   Tile tile = reader.next_alone(shared.tiles);
   int early = 0;  // stages of the first tile that have their weights already
   if (tile.rows > 0) {
-    GemmCursor ahead;
-    for (; early < min(kNumStages, shape.k_blocks); ++early, ahead.advance())
+    typename Shared::Cursor ahead;
+    for (; early < min(Shared::kStages, shape.k_blocks); ++early, ahead.advance())
       load_b(shared, ahead, b_map, shape, tile, early, a.bytes(tile));
   }
   wait_for_previous_kernel();
@@ -142,14 +147,22 @@ DEVICE void produce(Shared& shared, const TmaA& a, const CUtensorMap* b_map, con
   }
 }
 
-// 128 threads gather A rows and scales by cp.async, one of them feeds B by TMA. `full` counts 129 arrivals: each thread
-// arrives for what it gathered when that has landed, up to kInFlight stages after asking for it.
-template <class Shared>
+// The scales of weights, where math threads read them from global memory themselves.
+struct NoScaleFeed {
+  DEVICE void begin(const GemmShape&, const Tile&) {}
+  template <class Stage>
+  DEVICE void put(Stage&, const GemmShape&, int) {}
+};
+
+// 128 threads gather A rows and scales by cp.async, one of them feeds B by TMA, `feed` what else a stage has. `full`
+// counts 129 arrivals: each thread arrives for what it gathered when that has landed, up to kInFlight stages after
+// asking for it.
+template <class Shared, class Feed>
 DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtensorMap* b_map, const GemmShape& shape,
-                             const TileSchedule& schedule, int thread) {
-  constexpr int kInFlight = 2, kRowsPerPass = 16, kPasses = kBlockM / kRowsPerPass;
+                             const TileSchedule& schedule, int thread, Feed feed) {
+  constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = 16, kPasses = kBlockM / kRowsPerPass;
   if (thread == 0) prefetch_tensor_map(b_map);
-  GemmCursor at, landed;
+  typename Shared::Cursor at, landed;
   int in_flight = 0;
   const auto announce = [&] {
     // NOTE: cp.async writes through the generic proxy; without the fence wgmma may read what was there before.
@@ -172,6 +185,7 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
     const bool has_scale = thread < tile.rows;
     const float* scale = gather.scale;
     if (has_scale) scale += __ldcg(gather.row_to_source + tile.row0 + thread) * gather.token_stride;
+    feed.begin(shape, tile);
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       shared.barriers.wait_empty(at);
       if (thread == 0) load_b(shared, at, b_map, shape, tile, k, 0);
@@ -185,6 +199,7 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
       }
       if (has_scale) cp_async_4(smem_address(&shared.a_scale[at.stage()][thread]), scale + k * gather.block_stride);
       cp_async_commit();
+      feed.put(shared.stages[at.stage()], shape, k);
       if (k == 0 && tells) teller.tell(shared.tiles);
       if (in_flight == kInFlight) {
         cp_async_wait<kInFlight>();
@@ -198,32 +213,89 @@ DEVICE void produce_gathered(Shared& shared, const GatherA& gather, const CUtens
   for (; in_flight > 0; --in_flight) announce();
 }
 
+// What a math thread of DeepSeekFp8 does in a K block: 64 x 128 sums a half, times a scale of the row and one of the
+// half.
+class DeepSeekMath {
+ public:
+  DEVICE explicit DeepSeekMath(const GemmShape& shape) : shape_(shape) {}
+
+  // Asks for the scales of a tile's first K block.
+  DEVICE void begin(const Tile& tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.expert * shape_.rows_per_expert + b_row(shape_, tile, half);
+      b_scale_[half] = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
+      scale_b_[half] = __ldg(shape_.b_scale + b_scale_[half]);
+    }
+  }
+  // Before a stage is waited for: a global load's latency is about a K block.
+  DEVICE void look_ahead(int k) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      next_scale_b_[half] = __ldg(shape_.b_scale + (b_scale_[half] + min(k + 1, shape_.k_blocks - 1)));
+  }
+  // sums += the stage's products. a_scale: address of the scale of the thread's first row; the other is 8 further.
+  template <class Stage, class Release>
+  DEVICE void add(const Stage& stage, int first_row, uint32_t a_scale, int, float (&sums)[2][64],
+                  const Release& release) {
+    const uint64_t a = wgmma_descriptor(smem_address(stage.a) + first_row * kBlockK);
+    float acc[64], scale_a[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint64_t b = wgmma_descriptor(smem_address(stage.b[half]));
+      register_fence(acc);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) wgmma_m64n128k32_e4m3(acc, a + 2 * i, b + 2 * i, i);
+      wgmma_commit();
+      register_fence(acc);
+      if (half == 0) {  // in the shadow of the wgmmas
+        scale_a[0] = load_shared_f32(a_scale);
+        scale_a[1] = load_shared_f32(a_scale + 8 * 4);
+      }
+      wgmma_wait();
+      register_fence(acc);
+      if (half == 1) release();  // this warp has read all of the stage
+      const float s0 = scale_a[0] * scale_b_[half], s1 = scale_a[1] * scale_b_[half];
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        sums[half][4 * j] += s0 * acc[4 * j];
+        sums[half][4 * j + 1] += s0 * acc[4 * j + 1];
+        sums[half][4 * j + 2] += s1 * acc[4 * j + 2];
+        sums[half][4 * j + 3] += s1 * acc[4 * j + 3];
+      }
+      scale_b_[half] = next_scale_b_[half];
+    }
+  }
+
+ private:
+  const GemmShape& shape_;
+  uint32_t b_scale_[2];  // in shape.b_scale; no pointers, for registers' sake
+  float scale_b_[2], next_scale_b_[2];
+};
+
 // A math warpgroup: 64 rows x 256 columns of every tile, one 64 x 128 accumulator reused for the two halves.
-template <bool kGathered, class Epilogue, class Shared>
-DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epilogue, int warpgroup, int thread) {
-  GemmCursor at;
+template <bool kGathered, class Math, class Epilogue, class Shared>
+DEVICE void multiply(Shared& shared, const GemmShape& shape, Math math, const Epilogue& epilogue, int warpgroup,
+                     int thread) {
+  typename Shared::Cursor at;
   WarpgroupContext wg{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])};
   const int first_row = warpgroup * kWarpgroupRows;
   TileReader reader;
-  uint32_t b_scale[2];  // in shape.b_scale; no pointers, for registers' sake
-  float scale_b[2];
-  // The next tile and the scales of its first K block: asked for before the epilogue of the one before.
-  const auto next_tile = [&] {
+  const auto next_tile = [&] {  // asked for before the epilogue of the one before
     const Tile tile = reader.next(shared.tiles);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = tile.expert * shape.rows_per_expert + b_row(shape, tile, half);
-      b_scale[half] = uint32_t(row / 128) * uint32_t(shape.k_blocks);
-      scale_b[half] = __ldg(shape.b_scale + b_scale[half]);
-    }
+    math.begin(tile);
     return tile;
+  };
+  const auto release = [&] {
+    __syncwarp();  // NOTE: a lane still waiting would miss the phase that a refill completes
+    if (wg.lane() == 0) shared.barriers.release(at);
   };
   for (Tile tile = next_tile(), next; tile.rows > 0; tile = next) {
     if (first_row >= tile.rows) {  // nothing to do here but to free the stages
       for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
         shared.barriers.wait_full(at);
-        __syncwarp();  // NOTE: a lane still waiting would miss the phase that a refill completes
-        if (wg.lane() == 0) shared.barriers.release(at);
+        release();
       }
       next = next_tile();
       continue;
@@ -231,57 +303,35 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epi
     wg.rows = min(tile.rows - first_row, kWarpgroupRows);
     wg.row0 = tile.row0 + first_row;
     const int scales_before = kGathered ? 0 : tile.row0 % 4;  // of the tile's in their box
-    float sums[2][64], acc[64];
+    float sums[2][64];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) sums[half][i] = 0.f;
     }
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
-      float next_scale_b[2];  // a K block ahead of its use: a global load's latency is about a K block
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        next_scale_b[half] = __ldg(shape.b_scale + (b_scale[half] + min(k + 1, shape.k_blocks - 1)));
+      math.look_ahead(k);
       shared.barriers.wait_full(at);
-      const auto& stage = shared.stages[at.stage()];
-      const uint64_t a = wgmma_descriptor(smem_address(stage.a) + first_row * kBlockK);
       const uint32_t a_scale =
           smem_address(shared.a_scale[at.stage()]) + (scales_before + first_row + wg.fragment_row()) * 4;
-      float scale_a[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint64_t b = wgmma_descriptor(smem_address(stage.b[half]));
-        register_fence(acc);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; ++i) wgmma_m64n128k32_e4m3(acc, a + 2 * i, b + 2 * i, i);
-        wgmma_commit();
-        register_fence(acc);
-        if (half == 0) {  // in the shadow of the wgmmas
-          scale_a[0] = load_shared_f32(a_scale);
-          scale_a[1] = load_shared_f32(a_scale + 8 * 4);
-        }
-        wgmma_wait();
-        register_fence(acc);
-        if (half == 1) {  // this warp has read all of the stage
-          __syncwarp();
-          if (wg.lane() == 0) shared.barriers.release(at);
-        }
-        const float s0 = scale_a[0] * scale_b[half], s1 = scale_a[1] * scale_b[half];
-#pragma unroll
-        for (int j = 0; j < 16; ++j) {
-          sums[half][4 * j] += s0 * acc[4 * j];
-          sums[half][4 * j + 1] += s0 * acc[4 * j + 1];
-          sums[half][4 * j + 2] += s1 * acc[4 * j + 2];
-          sums[half][4 * j + 3] += s1 * acc[4 * j + 3];
-        }
-        scale_b[half] = next_scale_b[half];
-      }
+      math.add(shared.stages[at.stage()], first_row, a_scale, wg.quad(), sums, release);
     }
     next = next_tile();
     hide(wg.thread);  // the epilogue's addresses are not for the loop to carry
     epilogue.run(wg, sums, tile);
   }
+}
+
+// Returns the shared memory with its barriers ready, seen by all threads.
+template <class Shared>
+DEVICE Shared& prepare_gemm(uint32_t full_arrivals, uint32_t tile_readers) {
+  auto& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
+  if (threadIdx.x == 0) {
+    shared.barriers.initialize(full_arrivals, kMathWarpgroups * 4);
+    shared.tiles.barriers.initialize(1, tile_readers);
+  }
+  __syncthreads();
+  return shared;
 }
 
 // The kernels (grouped_gemm_sm90.cu). Tensor maps: A [rows, K] in boxes of kBoxRows x 128 bytes, its scales [K/128,
@@ -294,7 +344,7 @@ __global__ void gemm2_sm90(const __grid_constant__ CUtensorMap a_map, const __gr
                            const __grid_constant__ TileSchedule schedule,
                            const __grid_constant__ Bf16Epilogue epilogue);
 
-inline constexpr int kGemm1SharedBytes = sizeof(GemmSharedMemory<ActivationEpilogue>);
-inline constexpr int kGemm2SharedBytes = sizeof(GemmSharedMemory<Bf16Epilogue>);
+inline constexpr int kGemm1SharedBytes = sizeof(GemmSharedMemory<DeepSeekFormat, ActivationEpilogue>);
+inline constexpr int kGemm2SharedBytes = sizeof(GemmSharedMemory<DeepSeekFormat, Bf16Epilogue>);
 
 }  // namespace jax_moe::cuda

@@ -6,11 +6,9 @@
 
 namespace jax_moe::cuda {
 
-// One register: the number of the stage, counted on.
+// One register: the number of the stage, counted on. NOTE: where kStages is no power of two, 2^32 stages are too many.
 template <int kStages>
 class PipelineCursor {
-  static_assert((kStages & (kStages - 1)) == 0, "a power of two");
-
  public:
   DEVICE int stage() const { return int(number_ % kStages); }
   DEVICE uint32_t parity() const { return number_ / kStages % 2; }  // of the phase that this lap of the ring completes

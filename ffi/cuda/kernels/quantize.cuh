@@ -1,20 +1,32 @@
-// The call's bf16 tokens to e4m3 with 1x128 scales, once each. CTAs of the first route kernel that the routing has no
-// use for do it on the side.
+// What tokens need before GEMM1, once each: bf16 ones become e4m3 with 1x128 or 1x32 scales; E8M0 scales whose four
+// bytes of 128 columns do not lie side by side are brought together. CTAs of the first route kernel that the routing
+// has no use for do it on the side.
 #pragma once
-#include "fp8.cuh"
+#include "mx_scale.cuh"
 
 namespace jax_moe::cuda {
 
 struct QuantizeTokens {
   const uint16_t* x;   // bf16 [T, H]
   uint8_t* codes;      // e4m3 [T, H]
-  float* scales;       // [T, scale_pitch]
+  float* scales;       // [T, scale_pitch]; MxFp8: four bytes in the place of each
   int64_t num_blocks;  // T * k_blocks
   int k_blocks;        // H / 128
   int scale_pitch;     // at least k_blocks
+  bool mx;
 
-  // By all threads of `ctas` CTAs, of which this is number `cta`. 16 lanes a block.
+  // By all threads of `ctas` CTAs, of which this is number `cta`.
   DEVICE void run(int cta, int ctas) const {
+    if (mx)
+      run_as<true>(cta, ctas);
+    else
+      run_as<false>(cta, ctas);
+  }
+
+ private:
+  // 16 lanes a block.
+  template <bool kMx>
+  DEVICE void run_as(int cta, int ctas) const {
     constexpr int kInFlight = 4;
     const int64_t step = int64_t(ctas) * blockDim.x / 16;
     // Blocks of a warp's first half: whole warps stay together.
@@ -34,11 +46,41 @@ struct QuantizeTokens {
         if (base + i * step >= num_blocks) break;
         const int64_t block = first + i * step;
         float scale;
-        const uint2 out = quantize_bf16(v[i], scale);
+        uint32_t byte;
+        uint2 out;
+        if constexpr (kMx)
+          out = quantize_bf16_mx(v[i], byte);
+        else
+          out = quantize_bf16(v[i], scale);
         if (block >= num_blocks) continue;
         *(reinterpret_cast<uint2*>(codes) + block * 16 + piece) = out;
-        if (piece == 0) scales[block / k_blocks * scale_pitch + block % k_blocks] = scale;
+        float* to = scales + (block / k_blocks * scale_pitch + block % k_blocks);
+        if constexpr (kMx) {
+          if (piece % 4 == 0) reinterpret_cast<uint8_t*>(to)[piece / 4] = uint8_t(byte);
+        } else {
+          if (piece == 0) *to = scale;
+        }
       }
+    }
+  }
+};
+
+// The four scales of each token and 128 columns as a word.
+struct PackScales {
+  const uint8_t* from;  // scale (column / 32, token) at that * block_stride + token * token_stride
+  int64_t block_stride, token_stride;
+  float* to;  // [H/128, T]
+  int64_t num_words;
+  int num_tokens;
+
+  // By all threads of `ctas` CTAs, of which this is number `cta`.
+  DEVICE void run(int cta, int ctas) const {
+    for (int64_t i = int64_t(cta) * blockDim.x + threadIdx.x; i < num_words; i += int64_t(ctas) * blockDim.x) {
+      const uint8_t* bytes = from + i / num_tokens * kMxScales * block_stride + i % num_tokens * token_stride;
+      uint32_t word = 0;
+#pragma unroll
+      for (int s = 0; s < kMxScales; ++s) word |= uint32_t(__ldcg(bytes + s * block_stride)) << 8 * s;
+      to[i] = __uint_as_float(word);
     }
   }
 };

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_count(const __grid_consta
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (int(blockIdx.x) >= p.num_chunks) {
-    p.tokens.run(int(blockIdx.x) - p.num_chunks, int(gridDim.x) - p.num_chunks);
+    p.prepare_tokens();
     return;
   }
   int* counts = reinterpret_cast<int*>(dynamic_shared_memory());
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_scatter(const __grid_cons
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (int(blockIdx.x) >= p.num_chunks) {
-    p.tokens.run(int(blockIdx.x) - p.num_chunks, int(gridDim.x) - p.num_chunks);
+    p.prepare_tokens();
     return;
   }
   __shared__ int warps[kWarps];

@@ -23,7 +23,17 @@ struct RouteParameters {
   int32_t* num_m_blocks;                  // [1]
   MBlock* m_blocks;
   uint16_t* expert_weights;  // bf16 [num_expanded], or null; packed only
-  QuantizeTokens tokens;     // by the CTAs after the first num_chunks of the first kernel
+  // By the CTAs after the first num_chunks of the first kernel: of either, what has a source.
+  QuantizeTokens tokens;
+  PackScales scales;
+
+  DEVICE void prepare_tokens() const {
+    const int cta = int(blockIdx.x) - num_chunks, ctas = int(gridDim.x) - num_chunks;
+    if (scales.from != nullptr)
+      scales.run(cta, ctas);
+    else
+      tokens.run(cta, ctas);
+  }
 };
 
 // Up to so many local experts, route_scatter counts for each warp apart.

@@ -1,7 +1,6 @@
 // A math warpgroup and its 64 x 256 float32 sums as wgmma leaves them (wgmma_sm90.cuh): sums[half][4 j + ...], half 0
 // and 1 = columns 0-127 and 128-255. Rows leave through swizzled shared memory, in predicated 16-byte pieces.
-// With shuffled weights column n of 16 is column 2 n (n < 8) or 2 (n - 8) + 1 of the matrix, so that the four values of
-// a thread in 16 columns are neighbours.
+// The order of shuffled weights makes what a thread holds neighbours: four in 16 columns, or eight in 32.
 #pragma once
 #include "ptx.cuh"
 
@@ -39,13 +38,20 @@ struct WarpgroupContext {
   }
 };
 
+// Which columns of the matrix those of the sums are. Of fours, column n of 16 is 2 n (n < 8) or 2 (n - 8) + 1; of
+// eights, column n of 32 is 4 (n % 8) + n / 8.
+enum class Order { kPlain, kFours, kEights };
+
 // The four sums of this thread in 16 columns of one of its two rows (r = 0: fragment_row, 1: + 8), in column order: at
-// columns 16 group + 2 quad + {0, 1, 8, 9}, or 16 group + 4 quad + {0, 1, 2, 3} with shuffled weights.
-template <bool kShuffled>
+// columns 16 group + 2 quad + {0, 1, 8, 9}, or of fours 16 group + 4 quad + {0, 1, 2, 3}.
+template <Order kOrder>
 DEVICE float4 fragment(const float (&sums)[64], int group, int r) {
   const float* low = &sums[8 * group + 2 * r];
   const float* high = low + 4;
-  return kShuffled ? make_float4(low[0], high[0], low[1], high[1]) : make_float4(low[0], low[1], high[0], high[1]);
+  return kOrder == Order::kFours ? make_float4(low[0], high[0], low[1], high[1])
+                                 : make_float4(low[0], low[1], high[0], high[1]);
 }
+// Where in the sums of eights the value at column 32 group + 8 quad + i is.
+DEVICE constexpr int of_eights(int group, int i, int r) { return 16 * group + i % 4 * 4 + 2 * r + i / 4; }
 
 }  // namespace jax_moe::cuda
