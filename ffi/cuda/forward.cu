@@ -156,7 +156,8 @@ Status CheckStage(const char* stage, cudaStream_t stream) {
 
 Status Forward(const Problem& problem, const Buffers& buffers, int device, void* stream, int stages) {
   if (Status s = CheckBuffers(problem, buffers); !s.ok()) return s;
-  if (problem.mx()) return Status::Unsupported(kNoMxFp8);
+  // NOTE: before the device is asked; again below, with its number of SMs.
+  if (problem.mx() && !Select(problem, 132).decode.used) return Status::Unsupported(kNoMxFp8);
   int num_sms = 0;
   if (Status s = CheckDevice(device, &num_sms); !s.ok()) return s;
   if (problem.num_tokens == 0) return {};
@@ -166,6 +167,7 @@ Status Forward(const Problem& problem, const Buffers& buffers, int device, void*
 
   const Workspace workspace = CarveWorkspace(problem, buffers);
   const Config config = Select(problem, num_sms);
+  if (problem.mx() && !config.decode.used) return Status::Unsupported(kNoMxFp8);
   const Call call{problem, buffers, workspace, config, static_cast<cudaStream_t>(stream)};
   const struct {
     Stage stage;

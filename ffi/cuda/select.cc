@@ -29,15 +29,18 @@ constexpr int kMostTokenElements = 16 * 1024;
 // ends.
 constexpr int kMoreThanHalf = 120 * 1024;
 
-bool FitTile(int64_t k, int rows, int ring_bytes, int other_bytes, int least_shared_bytes, DecodeTile* tile) {
+bool FitTile(const Problem& p, int64_t k, int rows, int ring_bytes, int other_bytes, int least_shared_bytes,
+             DecodeTile* tile) {
   const int k_blocks = int(k / kScaleBlock);
   const int most_chunks = std::max(kStageBytes / (rows * int(kScaleBlock)), 1);
   tile->steps = int(CeilDiv(k_blocks, most_chunks));
   tile->chunks = int(CeilDiv(k_blocks, tile->steps));
   tile->stage_bytes = rows * tile->chunks * int(kScaleBlock);
-  const int room = std::min(ring_bytes, kMaxSharedBytes - other_bytes);
+  const int scale_bytes = p.mx() ? int(mx_stage_bytes(tile->stage_bytes)) : 0, left = kMaxSharedBytes - other_bytes;
+  const int room = std::min<int64_t>(ring_bytes, int64_t(left) * tile->stage_bytes / (tile->stage_bytes + scale_bytes));
   tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages) / StageShares::kTeams * StageShares::kTeams;
-  tile->shared_bytes = std::max(tile->stages * tile->stage_bytes + other_bytes, least_shared_bytes);
+  tile->shared_bytes =
+      std::max(tile->stages * (tile->stage_bytes + scale_bytes) + other_bytes, least_shared_bytes);
   return room >= kLeastRingBytes && StageShares(rows).blocks_of_tile(tile->chunks, tile->steps) <= 32;
 }
 
@@ -67,9 +70,9 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
     gemm2_ring = kGemm2LoneRingBytes;
   }
   const bool gemm1_fits =
-      FitTile(p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1);
+      FitTile(p, p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1);
   const bool gemm2_fits =
-      FitTile(p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(d.h_buffers), 0, &d.gemm2);
+      FitTile(p, p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(d.h_buffers), 0, &d.gemm2);
   d.used = gemm1_fits && gemm2_fits;
   if (d.gemm1.shared_bytes + d.gemm2.shared_bytes > kSharedBytesOfSm - 2 * kReservedSharedBytes)
     d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
@@ -106,8 +109,8 @@ Config Select(const Problem& p, int num_sms) {
 }
 
 std::string Explain(const Problem& p, int num_sms) {
-  if (p.mx()) return std::string("no kernels: ") + kNoMxFp8 + "\n";
   const Config c = Select(p, num_sms);
+  if (p.mx() && !c.decode.used) return std::string("no kernels: ") + kNoMxFp8 + "\n";
   std::ostringstream text;
   if (const DecodeConfig& d = c.decode; d.used) {
     text << "gemm1: decode_gemm_sm90, " << d.token_tiles * 8 << " token columns, tiles of " << kDecodeGemm1Rows
@@ -115,6 +118,7 @@ std::string Explain(const Problem& p, int num_sms) {
          << " CTAs\n"
          << "gemm2: decode_gemm_sm90, slices of " << d.slice_columns << " columns, ring of " << d.gemm2.stages << " x "
          << d.gemm2.stage_bytes << " bytes, " << d.gemm2.grid << " CTAs, weighted sum inside\n"
+         << (p.mx() ? "scales: E8M0, with every stage\n" : "")
          << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
     return text.str();
   }

@@ -40,7 +40,7 @@ struct Config {
   int gemm2_columns;
 };
 
-// Why a call with MxFp8 is refused on a GPU.
+// Why a call with MxFp8 that is too large for the decode kernels is refused on a GPU.
 inline constexpr char kNoMxFp8[] =
     "fp8_quantization_type must be DeepSeekFp8 on a GPU in this version, got MxFp8; fold the weights with "
     "prepare_mxfp8_weights() and call with DeepSeekFp8, or run on the CPU";
