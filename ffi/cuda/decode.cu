@@ -87,8 +87,8 @@ Status DecodeGemm1(const Call& c) {
   p.activation = c.activation();
   p.h = c.workspace.decode_h;
   p.mx = DescribeMxScales(c, c.buffers.gemm1_weights_scale, p.stream, c.p.gated());
-  s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles, c.p.mx()), d.gemm1.grid, kDecodeThreads, d.gemm1.shared_bytes,
-                   d.overlap_previous, c, map, p);
+  s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles, c.p.mx()), d.gemm1.grid, kDecodeThreads,
+                   d.gemm1.shared_bytes, d.overlap_previous, c, map, p);
   if (!s.ok()) return s;
   DecodeQuantizeParameters q{};
   q.slots = p.slots;
@@ -99,8 +99,8 @@ Status DecodeGemm1(const Call& c) {
   q.codes = c.workspace.decode_codes;
   q.scales = c.workspace.decode_scales;
   const unsigned warps = unsigned(q.num_slots * q.k_blocks), per_cta = kDecodeQuantizeThreads / 32;
-  return Launch("decode_quantize", c.p.mx() ? decode_quantize_mx : decode_quantize, {(warps + per_cta - 1) / per_cta, kDecodeQuantizeThreads, 0, true},
-                c.stream, q);
+  return Launch("decode_quantize", c.p.mx() ? decode_quantize_mx : decode_quantize,
+                {(warps + per_cta - 1) / per_cta, kDecodeQuantizeThreads, 0, true}, c.stream, q);
 }
 
 Status DecodeGemm2(const Call& c) {

@@ -21,13 +21,14 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
 constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 72 * 1024, kGemm2LoneRingBytes = 96 * 1024;
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
-constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6;
+constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6, kLeastHBuffers = 5;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 constexpr int kMostTokenElements = 16 * 1024;
 // NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
 // beside the end of an earlier kernel. gemm2 fits beside it: its CTAs, one an SM, have their first weights when gemm1
 // ends.
 constexpr int kMoreThanHalf = 120 * 1024;
+constexpr int kBothSharedBytes = kSharedBytesOfSm - 2 * kReservedSharedBytes;
 
 bool FitTile(const Problem& p, int64_t k, int rows, int ring_bytes, int other_bytes, int least_shared_bytes,
              DecodeTile* tile) {
@@ -39,8 +40,7 @@ bool FitTile(const Problem& p, int64_t k, int rows, int ring_bytes, int other_by
   const int scale_bytes = p.mx() ? int(mx_stage_bytes(tile->stage_bytes)) : 0, left = kMaxSharedBytes - other_bytes;
   const int room = std::min<int64_t>(ring_bytes, int64_t(left) * tile->stage_bytes / (tile->stage_bytes + scale_bytes));
   tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages) / StageShares::kTeams * StageShares::kTeams;
-  tile->shared_bytes =
-      std::max(tile->stages * (tile->stage_bytes + scale_bytes) + other_bytes, least_shared_bytes);
+  tile->shared_bytes = std::max(tile->stages * (tile->stage_bytes + scale_bytes) + other_bytes, least_shared_bytes);
   return room >= kLeastRingBytes && StageShares(rows).blocks_of_tile(tile->chunks, tile->steps) <= 32;
 }
 
@@ -74,8 +74,16 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   const bool gemm2_fits =
       FitTile(p, p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(d.h_buffers), 0, &d.gemm2);
   d.used = gemm1_fits && gemm2_fits;
-  if (d.gemm1.shared_bytes + d.gemm2.shared_bytes > kSharedBytesOfSm - 2 * kReservedSharedBytes)
-    d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
+  // The scales of MxFp8 take a little more: rows of h make room where that is enough.
+  const int beside = kBothSharedBytes - d.gemm1.shared_bytes;
+  for (int buffers = d.h_buffers - 1; p.mx() && d.gemm2.shared_bytes > beside && buffers >= kLeastHBuffers; --buffers) {
+    DecodeTile tile = d.gemm2;
+    FitTile(p, p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(buffers), 0, &tile);
+    if (tile.shared_bytes > beside) continue;
+    d.gemm2 = tile;
+    d.h_buffers = buffers;
+  }
+  if (d.gemm2.shared_bytes > beside) d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
   d.overlap_previous = true;
   if (p.hidden_states_are_bf16() && tokens * p.hidden_size > kMostTokenElements)
     d.quantize_ctas = int(CeilDiv(tokens * h_blocks, 16));
@@ -118,8 +126,8 @@ std::string Explain(const Problem& p, int num_sms) {
          << " CTAs\n"
          << "gemm2: decode_gemm_sm90, slices of " << d.slice_columns << " columns, ring of " << d.gemm2.stages << " x "
          << d.gemm2.stage_bytes << " bytes, " << d.gemm2.grid << " CTAs, weighted sum inside\n"
-         << (p.mx() ? "scales: E8M0, with every stage\n" : "")
-         << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
+         << (p.mx() ? "scales: E8M0, with every stage\n" : "") << "workspace: " << WorkspaceSize(p).at(p.num_tokens)
+         << " bytes\n";
     return text.str();
   }
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)

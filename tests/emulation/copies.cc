@@ -1,5 +1,6 @@
 // Bulk tensor copies and cp.async, as late or as early as the hardware may be: a bulk copy lands when nothing else can
-// go on, or at a random moment; a cp.async lands at once, when its thread waits for it, or when it arrives on a barrier.
+// go on, or at a random moment; a cp.async lands at once, when its thread waits for it, or when it arrives on a
+// barrier.
 #include <algorithm>
 
 #include "machine.h"

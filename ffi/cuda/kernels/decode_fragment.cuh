@@ -46,15 +46,14 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
 #pragma unroll
     for (int i = 0; i < 4; ++i) product[t][i] = 0.f;
   }
-  for_each_32<kTokenTiles>(rows, tokens, pitch, last_token,
-                           [&](int, const auto& lo, const auto& hi, const auto& b, int first) {
+  for_each_32<kTokenTiles>(
+      rows, tokens, pitch, last_token, [&](int, const auto& lo, const auto& hi, const auto& b, int first) {
 #pragma unroll
-                             for (int t = 0; t < kTokenTiles; ++t) {
-                               mma_m16n8k16_f16(product[t], lo[0], lo[1], hi[0], hi[1], b[t][first][0], b[t][first][1]);
-                               mma_m16n8k16_f16(odd[t], lo[2], lo[3], hi[2], hi[3], b[t][first + 1][0],
-                                                b[t][first + 1][1]);
-                             }
-                           });
+        for (int t = 0; t < kTokenTiles; ++t) {
+          mma_m16n8k16_f16(product[t], lo[0], lo[1], hi[0], hi[1], b[t][first][0], b[t][first][1]);
+          mma_m16n8k16_f16(odd[t], lo[2], lo[3], hi[2], hi[3], b[t][first + 1][0], b[t][first + 1][1]);
+        }
+      });
 #pragma unroll
   for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll

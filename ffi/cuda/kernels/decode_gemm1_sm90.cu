@@ -12,8 +12,8 @@ constexpr int kExpertsBarrier = 1, kTokensBarrier = 2;
 constexpr int kSumsBarrier = 3;  // one for each of kTileBuffers
 constexpr int kProducerThread = kDecodeMathThreads, kFinishThread = kDecodeMathThreads + 32;
 
-// All math threads arrive, the finishing warp waits: that publishes the shares of a tile. NOTE: named by constants; with
-// a number known at run time a CTA takes all 16 barriers.
+// All math threads arrive, the finishing warp waits: that publishes the shares of a tile. NOTE: named by constants;
+// with a number known at run time a CTA takes all 16 barriers.
 DEVICE void arrive_sums(int buffer) {
   static_assert(kTileBuffers == 2, "one name each");
   if (buffer == 0)
@@ -176,8 +176,8 @@ DEVICE void store_shuffled_mx(const Function& function, const float (&sums)[2][4
     reinterpret_cast<float2*>(to)[lane / 4] =
         make_float2(function(sums[0][i + 2], sums[0][i]), function(sums[1][i + 2], sums[1][i]));
   else
-    reinterpret_cast<float4*>(to)[lane / 4] = make_float4(function(sums[0][i]), function(sums[0][i + 2]),
-                                                          function(sums[1][i]), function(sums[1][i + 2]));
+    reinterpret_cast<float4*>(to)[lane / 4] =
+        make_float4(function(sums[0][i]), function(sums[0][i + 2]), function(sums[1][i]), function(sums[1][i + 2]));
 }
 
 // By one warp: adds up the shares of every tile in the order of the warps, applies the activation and stores h.

@@ -195,8 +195,8 @@ template <int kTokenTiles, bool kMx>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_gemm2(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm2Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
-  const DecodeGemm2Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, p.top_k,
-                                 kTokenTiles, p.h_buffers);
+  const DecodeGemm2Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, p.top_k, kTokenTiles,
+                                 p.h_buffers);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {

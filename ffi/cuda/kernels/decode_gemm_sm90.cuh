@@ -40,7 +40,7 @@ struct DecodeGemm1Parameters {
   int num_tokens, top_k;
   const void* x;  // bf16 or e4m3 [T, H]
   bool x_is_bf16;
-  bool x_is_fresh;  // e4m3 of the kernel before, scales [T, scale_pitch]: this one starts reading weights meanwhile
+  bool x_is_fresh;      // e4m3 of the kernel before, scales [T, scale_pitch]: this one starts reading weights meanwhile
   const void* x_scale;  // of e4m3: element (block, token) at block * block_stride + token * token_stride
   int64_t block_stride, token_stride;
   WeightStream stream;
@@ -110,8 +110,8 @@ class WarpShare {
   // kTeams later.
   DEVICE int first_step(int stage) const { return (team_ - stage) & (StageShares::kTeams - 1); }
 
-  // Calls use(K block, its place in the stage, its number in the tile) for this warp's blocks of the stage at `step`, its
-  // `round`-th of the tile.
+  // Calls use(K block, its place in the stage, its number in the tile) for this warp's blocks of the stage at `step`,
+  // its `round`-th of the tile.
   template <class Use>
   DEVICE void for_blocks(const WeightStream& stream, int step, int round, const Use& use) const {
     for (int i = 0; i < blocks_; ++i) {

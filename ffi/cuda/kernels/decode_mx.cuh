@@ -15,8 +15,8 @@ inline constexpr uint32_t kMxOnes = 0x7F7F7F7F;
 struct MxWeightScales {
   const uint8_t* bytes;
   int64_t expert_bytes;
-  int k_blocks;   // K / 128
-  int step;       // bytes from one 128 of K to the next: 4, or 512 where they are interleaved 128x4
+  int k_blocks;    // K / 128
+  int step;        // bytes from one 128 of K to the next: 4, or 512 where they are interleaved 128x4
   int copy_bytes;  // 4, or more where the words of a stage are neighbours
   bool grid;       // 32x32
   int half_rows;   // of a grid, where up and gate rows take turns: those of a half; else 0
@@ -53,9 +53,9 @@ DEVICE void load_mx_scales(const MxWeightScales& s, uint32_t to, int rows, int c
   cp_async_arrive(barrier);
 }
 
-// ---- the rule: the smallest power of two that brings a block's largest magnitude to 448 at most ----------------------
-// NOTE: as with 1x128 a NaN does not count; an infinity makes the scale and all codes NaN. Zeros get the scale 1, which
-// the product is fast with.
+// ---- the rule: the smallest power of two that brings a block's largest magnitude to 448 at most
+// ---------------------- NOTE: as with 1x128 a NaN does not count; an infinity makes the scale and all codes NaN. Zeros
+// get the scale 1, which the product is fast with.
 DEVICE uint32_t mx_scale(float amax) {
   const uint32_t bits = __float_as_uint(amax);
   if (amax == INFINITY) return kMxNan;
