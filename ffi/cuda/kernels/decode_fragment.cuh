@@ -61,9 +61,7 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
   }
 }
 
-// ---- MxFp8
-// --------------------------------------------------------------------------------------------------------------------
-// A product under two E8M0 scales, whatever they are. NOTE: the scales' product may leave float32 where the result does
+// MxFp8: a product under two E8M0 scales, whatever they are. NOTE: the scales' product may leave float32 where the result does
 // not, and under a zero it may not become infinite: it is taken in two halves.
 DEVICE float scaled_by_halves(float product, uint32_t a, uint32_t b) {
   const uint32_t sum = a + b, low = sum / 2;

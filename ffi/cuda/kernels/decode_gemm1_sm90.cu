@@ -69,6 +69,7 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
                        tile.expert, full, [&](int r) { return r < 16 ? tile.first + r : tile.second + r - 16; });
     }
   }
+  if constexpr (kMx) finish_mx_scales();
 }
 
 // The call's tokens on their way into shared memory, in 16-byte pieces, by the math threads.

@@ -41,6 +41,7 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
       }
     }
   }
+  if constexpr (kMx) finish_mx_scales();
 }
 
 // The rows of h and their scales, expert by expert, by one warp: a lane a token.

@@ -53,9 +53,14 @@ DEVICE void load_mx_scales(const MxWeightScales& s, uint32_t to, int rows, int c
   cp_async_arrive(barrier);
 }
 
-// ---- the rule: the smallest power of two that brings a block's largest magnitude to 448 at most
-// ---------------------- NOTE: as with 1x128 a NaN does not count; an infinity makes the scale and all codes NaN. Zeros
-// get the scale 1, which the product is fast with.
+// After the last of them: the copies of a thread that is still there are certain to arrive.
+DEVICE void finish_mx_scales() {
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+// The rule: the smallest power of two that brings a block's largest magnitude to 448 at most. NOTE: as with 1x128 a NaN
+// does not count; an infinity makes the scale and all codes NaN. Zeros get the scale 1, which the product is fast with.
 DEVICE uint32_t mx_scale(float amax) {
   const uint32_t bits = __float_as_uint(amax);
   if (amax == INFINITY) return kMxNan;
