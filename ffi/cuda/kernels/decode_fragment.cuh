@@ -61,8 +61,8 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
   }
 }
 
-// MxFp8: a product under two E8M0 scales, whatever they are. NOTE: the scales' product may leave float32 where the result does
-// not, and under a zero it may not become infinite: it is taken in two halves.
+// MxFp8: a product under two E8M0 scales, whatever they are. NOTE: the scales' product may leave float32 where the
+// result does not, and under a zero it may not become infinite: it is taken in two halves.
 DEVICE float scaled_by_halves(float product, uint32_t a, uint32_t b) {
   const uint32_t sum = a + b, low = sum / 2;
   if (a == 255 || b == 255) return __uint_as_float(0x7FFFFFFF);
