@@ -27,6 +27,23 @@ Status DescribeStream(const Call& c, const Buffer& weights, const Buffer& scale,
                      : EncodeChunks(map, weights.data, experts * rows, k_blocks, k, kScaleBlock, box_rows, tile.chunks);
 }
 
+// With MxFp8, the scales of the same weights, of which the stream has stages.
+MxWeightScales DescribeMxScales(const Call& c, const Buffer& scale, const WeightStream& stream, bool gated) {
+  MxWeightScales s{};
+  if (!c.p.mx()) return s;
+  s.bytes = static_cast<const uint8_t*>(scale.data);
+  s.k_blocks = stream.k_blocks;
+  s.expert_bytes = stream.rows / c.p.weights_scale_rows * stream.k_blocks * 4;
+  s.grid = c.p.weights_scale_rows > 1;
+  s.step = c.p.use_shuffled_weight && !s.grid ? 512 : 4;
+  s.copy_bytes = 4;
+  if (s.step == 4)
+    for (int words : {2, 4})
+      if (stream.chunks % words == 0 && stream.k_blocks % words == 0) s.copy_bytes = words * 4;
+  s.half_rows = c.p.use_shuffled_weight && gated ? stream.rows / 2 : 0;
+  return s;
+}
+
 template <class Kernel, class Parameters>
 Status LaunchDecode(const char* name, Kernel* kernel, int grid, int threads, int shared_bytes, bool overlap,
                     const Call& c, const CUtensorMap& map, const Parameters& parameters) {
@@ -49,14 +66,14 @@ Status DecodeGemm1(const Call& c) {
   p.x = c.buffers.hidden_states.data;
   p.x_is_bf16 = c.p.hidden_states_are_bf16();
   p.x_is_fresh = d.quantize_ctas > 0;
-  p.x_scale = Floats(c.buffers.hidden_states_scale);
+  p.x_scale = c.buffers.hidden_states_scale.data;
   p.block_stride = c.p.hidden_states_scale_block_stride;
   p.token_stride = c.p.hidden_states_scale_token_stride;
   bool overlap = d.overlap_previous;
   if (p.x_is_fresh) {
     const QuantizeTokens tokens = c.quantize_tokens(scale_pitch(p.stream.k_blocks));
-    s = Launch("quantize_tokens", quantize_tokens, {unsigned(d.quantize_ctas), kQuantizeThreads, 0, overlap}, c.stream,
-               tokens);
+    s = Launch("quantize_tokens", c.p.mx() ? decode_quantize_mx_tokens : quantize_tokens,
+               {unsigned(d.quantize_ctas), kQuantizeThreads, 0, overlap}, c.stream, tokens);
     if (!s.ok()) return s;
     overlap = true;
     p.x = tokens.codes;
@@ -68,8 +85,9 @@ Status DecodeGemm1(const Call& c) {
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.activation = c.activation();
   p.h = c.workspace.decode_h;
-  s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles), d.gemm1.grid, kDecodeThreads, d.gemm1.shared_bytes,
-                   d.overlap_previous, c, map, p);
+  p.mx = DescribeMxScales(c, c.buffers.gemm1_weights_scale, p.stream, c.p.gated());
+  s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles, c.p.mx()), d.gemm1.grid, kDecodeThreads,
+                   d.gemm1.shared_bytes, d.overlap_previous, c, map, p);
   if (!s.ok()) return s;
   DecodeQuantizeParameters q{};
   q.slots = p.slots;
@@ -80,8 +98,8 @@ Status DecodeGemm1(const Call& c) {
   q.codes = c.workspace.decode_codes;
   q.scales = c.workspace.decode_scales;
   const unsigned warps = unsigned(q.num_slots * q.k_blocks), per_cta = kDecodeQuantizeThreads / 32;
-  return Launch("decode_quantize", decode_quantize, {(warps + per_cta - 1) / per_cta, kDecodeQuantizeThreads, 0, true},
-                c.stream, q);
+  return Launch("decode_quantize", c.p.mx() ? decode_quantize_mx : decode_quantize,
+                {(warps + per_cta - 1) / per_cta, kDecodeQuantizeThreads, 0, true}, c.stream, q);
 }
 
 Status DecodeGemm2(const Call& c) {
@@ -102,7 +120,8 @@ Status DecodeGemm2(const Call& c) {
   p.h_buffers = d.h_buffers;
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.output = static_cast<uint16_t*>(c.buffers.output.data);
-  return LaunchDecode("decode_gemm2", FindDecodeGemm2(d.token_tiles), d.gemm2.grid, kDecodeThreads,
+  p.mx = DescribeMxScales(c, c.buffers.gemm2_weights_scale, p.stream, false);
+  return LaunchDecode("decode_gemm2", FindDecodeGemm2(d.token_tiles, c.p.mx()), d.gemm2.grid, kDecodeThreads,
                       d.gemm2.shared_bytes, true, c, map, p);
 }
 

@@ -21,23 +21,26 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
 constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 72 * 1024, kGemm2LoneRingBytes = 96 * 1024;
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
-constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6;
+constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6, kLeastHBuffers = 5;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 constexpr int kMostTokenElements = 16 * 1024;
 // NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
 // beside the end of an earlier kernel. gemm2 fits beside it: its CTAs, one an SM, have their first weights when gemm1
 // ends.
 constexpr int kMoreThanHalf = 120 * 1024;
+constexpr int kBothSharedBytes = kSharedBytesOfSm - 2 * kReservedSharedBytes;
 
-bool FitTile(int64_t k, int rows, int ring_bytes, int other_bytes, int least_shared_bytes, DecodeTile* tile) {
+bool FitTile(const Problem& p, int64_t k, int rows, int ring_bytes, int other_bytes, int least_shared_bytes,
+             DecodeTile* tile) {
   const int k_blocks = int(k / kScaleBlock);
   const int most_chunks = std::max(kStageBytes / (rows * int(kScaleBlock)), 1);
   tile->steps = int(CeilDiv(k_blocks, most_chunks));
   tile->chunks = int(CeilDiv(k_blocks, tile->steps));
   tile->stage_bytes = rows * tile->chunks * int(kScaleBlock);
-  const int room = std::min(ring_bytes, kMaxSharedBytes - other_bytes);
+  const int scale_bytes = p.mx() ? int(mx_stage_bytes(tile->stage_bytes)) : 0, left = kMaxSharedBytes - other_bytes;
+  const int room = std::min<int64_t>(ring_bytes, int64_t(left) * tile->stage_bytes / (tile->stage_bytes + scale_bytes));
   tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages) / StageShares::kTeams * StageShares::kTeams;
-  tile->shared_bytes = std::max(tile->stages * tile->stage_bytes + other_bytes, least_shared_bytes);
+  tile->shared_bytes = std::max(tile->stages * (tile->stage_bytes + scale_bytes) + other_bytes, least_shared_bytes);
   return room >= kLeastRingBytes && StageShares(rows).blocks_of_tile(tile->chunks, tile->steps) <= 32;
 }
 
@@ -48,7 +51,6 @@ bool FitTile(int64_t k, int rows, int ring_bytes, int other_bytes, int least_sha
 DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   DecodeConfig d{};
   const int64_t tokens = p.num_tokens;
-  if (p.mx()) return d;  // the decode kernels have DeepSeekFp8 only
   if (!MayDecode(p) || tokens < 1 || tokens > kMaxDecodeTokens || p.expanded_rows() > kMaxDecodeSlots) return d;
   d.token_tiles = int(CeilDiv(tokens, 8));
   d.slice_columns = 16;
@@ -68,12 +70,20 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
     gemm2_ring = kGemm2LoneRingBytes;
   }
   const bool gemm1_fits =
-      FitTile(p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1);
+      FitTile(p, p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1);
   const bool gemm2_fits =
-      FitTile(p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(d.h_buffers), 0, &d.gemm2);
+      FitTile(p, p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(d.h_buffers), 0, &d.gemm2);
   d.used = gemm1_fits && gemm2_fits;
-  if (d.gemm1.shared_bytes + d.gemm2.shared_bytes > kSharedBytesOfSm - 2 * kReservedSharedBytes)
-    d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
+  // The scales of MxFp8 take a little more: rows of h make room where that is enough.
+  const int beside = kBothSharedBytes - d.gemm1.shared_bytes;
+  for (int buffers = d.h_buffers - 1; p.mx() && d.gemm2.shared_bytes > beside && buffers >= kLeastHBuffers; --buffers) {
+    DecodeTile tile = d.gemm2;
+    FitTile(p, p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(buffers), 0, &tile);
+    if (tile.shared_bytes > beside) continue;
+    d.gemm2 = tile;
+    d.h_buffers = buffers;
+  }
+  if (d.gemm2.shared_bytes > beside) d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
   d.overlap_previous = true;
   if (p.hidden_states_are_bf16() && tokens * p.hidden_size > kMostTokenElements)
     d.quantize_ctas = int(CeilDiv(tokens * h_blocks, 16));
@@ -126,7 +136,8 @@ std::string Explain(const Problem& p, int num_sms) {
          << " CTAs\n"
          << "gemm2: decode_gemm_sm90, slices of " << d.slice_columns << " columns, ring of " << d.gemm2.stages << " x "
          << d.gemm2.stage_bytes << " bytes, " << d.gemm2.grid << " CTAs, weighted sum inside\n"
-         << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
+         << (p.mx() ? "scales: E8M0, with every stage\n" : "") << "workspace: " << WorkspaceSize(p).at(p.num_tokens)
+         << " bytes\n";
     return text.str();
   }
   const std::string kernel = p.mx() ? "grouped_gemm_mx_sm90 " : "grouped_gemm_sm90 ";

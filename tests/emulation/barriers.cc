@@ -148,6 +148,16 @@ void complete_mbarrier_bytes(uint32_t smem, uint32_t bytes, Moment issued) {
   complete_if_due(b);
 }
 
+void arrive_late(uint32_t smem, Moment issued) {
+  Mbarrier& b = find_mbarrier(smem, "cp_async_arrive");
+  if (b.pending == 0)
+    fail("mbarrier %#x: an arrival more than the %u of a phase, after cp.async (phase %u waits for %u bytes)", smem,
+         b.arrivals, b.phase, b.bytes);
+  release_moment(b.told, issued);
+  --b.pending;
+  complete_if_due(b);
+}
+
 void wait_mbarrier(uint32_t smem, uint32_t parity) {
   if (parity > 1) fail("mbarrier %#x: parity %u", smem, parity);
   Mbarrier& b = find_mbarrier(smem, "mbarrier_wait");

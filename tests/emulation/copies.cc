@@ -1,5 +1,6 @@
 // Bulk tensor copies and cp.async, as late or as early as the hardware may be: a bulk copy lands when nothing else can
-// go on, or at a random moment; a cp.async lands at once or when its thread waits for it.
+// go on, or at a random moment; a cp.async lands at once, when its thread waits for it, or when it arrives on a
+// barrier.
 #include <algorithm>
 
 #include "machine.h"
@@ -29,6 +30,13 @@ struct TensorLoad {
   Moment issued;
 };
 std::vector<TensorLoad> loads;
+
+struct LateArrival {  // of a thread whose cp.async have landed
+  std::vector<CpAsync> copies;
+  uint32_t barrier;
+  Moment issued;
+};
+std::vector<LateArrival> arrivals;
 
 TensorMap read_map(const CUtensorMap* map) {
   TensorMap m;
@@ -97,20 +105,32 @@ std::vector<std::vector<CpAsync>>& groups() {
 
 }  // namespace
 
-void reset_copies() { loads.clear(); }
+void reset_copies() {
+  loads.clear();
+  arrivals.clear();
+}
 
 bool land_one_copy() {
-  if (loads.empty()) return false;
-  const size_t i = random_below(uint32_t(loads.size()));
-  const TensorLoad load = loads[i];
-  loads[i] = loads.back();
-  loads.pop_back();
-  land(load);
+  if (loads.empty() && arrivals.empty()) return false;
+  const size_t i = random_below(uint32_t(loads.size() + arrivals.size()));
+  if (i < loads.size()) {
+    const TensorLoad load = loads[i];
+    loads[i] = loads.back();
+    loads.pop_back();
+    land(load);
+  } else {
+    LateArrival arrival = std::move(arrivals[i - loads.size()]);
+    if (i - loads.size() + 1 < arrivals.size()) arrivals[i - loads.size()] = std::move(arrivals.back());
+    arrivals.pop_back();
+    for (CpAsync& copy : arrival.copies) land(copy);
+    arrive_late(arrival.barrier, arrival.issued);
+  }
   return true;
 }
 
 void check_copies() {
   if (!loads.empty()) fail("the CTA has exited with %d bulk copies in flight", int(loads.size()));
+  if (!arrivals.empty()) fail("the CTA has exited with %d arrivals after cp.async to come", int(arrivals.size()));
 }
 
 void finish_thread_copies(Thread& thread) {
@@ -157,6 +177,19 @@ void queue_cp_async(uint32_t smem, const void* global, uint32_t bytes) {
   CpAsync copy{smem, global, bytes, false};
   if (random_below(2)) land(copy);
   groups().back().push_back(copy);
+}
+
+// NOTE: from here on they are writes that the barrier orders, not ones that their thread has to wait for.
+void queue_cp_async_arrival(uint32_t barrier) {
+  LateArrival arrival{{}, barrier, {}};
+  for (const auto& group : groups()) arrival.copies.insert(arrival.copies.end(), group.begin(), group.end());
+  groups().clear();
+  for (const CpAsync& copy : arrival.copies) {
+    end_late_write(copy.smem, copy.bytes);
+    note_ordinary_write(*current, copy.smem, copy.bytes);
+  }
+  arrival.issued = this_moment();
+  arrivals.push_back(std::move(arrival));
 }
 
 void commit_cp_async() { groups().emplace_back(); }

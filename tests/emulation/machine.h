@@ -95,6 +95,7 @@ SharedViews shared_views(uint32_t smem, uint32_t bytes, const char* what);  // c
 bool is_shared(const void* p);
 void note_ordinary_write(Thread& thread, uint32_t smem, uint32_t bytes);
 void complete_mbarrier_bytes(uint32_t smem, uint32_t bytes, Moment issued);
+void arrive_late(uint32_t smem, Moment issued);  // on an mbarrier
 
 struct Settings {
   uint32_t seed = 0;

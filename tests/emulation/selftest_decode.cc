@@ -1,6 +1,6 @@
 // A small multiply by mma.sync, D[128][8] = W[128][512] X[8][512]^T in e4m3: 8 math warps, 4 warps that load X and one
 // that has boxes of W copied, two 128-byte chunks each. Right, and with one mistake each. Then what a box of rank three
-// leaves in shared memory.
+// leaves in shared memory, and words that arrive on a barrier by themselves.
 #include <cmath>
 #include <vector>
 
@@ -229,6 +229,62 @@ std::string BoxesOfRankThree() {
   return "";
 }
 
+// A warp asks for words by cp.async and arrives with them, another one adds them up: two stages, some steps.
+enum class Arrival { kRight, kNoWait, kLaneMissing, kTooEarly };
+struct Words {
+  const int32_t* words;
+  int32_t* sums;
+};
+constexpr int kWordSteps = 8;
+struct WordStages {
+  int32_t words[2][32];
+  uint64_t full[2], empty[2];
+};
+
+template <Arrival kArrival>
+void AddWords(Words p) {
+  auto& shared = *reinterpret_cast<WordStages*>(dynamic_shared_memory());
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 4; ++i)
+      mbarrier_init(smem_address(i < 2 ? &shared.full[i] : &shared.empty[i - 2]), i < 2 ? 33 : 32);
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  int32_t sum = 0;
+  for (int step = 0; step < kWordSteps; ++step) {
+    const int stage = step % 2, lap = step / 2 % 2;
+    const uint32_t full = smem_address(&shared.full[stage]), empty = smem_address(&shared.empty[stage]);
+    if (threadIdx.x < 32) {
+      if (kArrival != Arrival::kNoWait) mbarrier_wait(full, lap);
+      sum += shared.words[stage][31 - lane];
+      mbarrier_arrive(empty);
+    } else {
+      mbarrier_wait(empty, lap ^ 1);
+      if (lane == 0) mbarrier_arrive(full);  // what is known of the readers is told by this one
+      if (kArrival == Arrival::kTooEarly) cp_async_arrive(full);
+      cp_async_4(smem_address(&shared.words[stage][lane]), p.words + step * 32 + lane);
+      if (kArrival != Arrival::kTooEarly && (kArrival != Arrival::kLaneMissing || lane != 9)) cp_async_arrive(full);
+    }
+  }
+  if (threadIdx.x < 32) p.sums[lane] = sum;
+}
+
+template <Arrival kArrival>
+std::string ArrivalTest() {
+  static int32_t words[kWordSteps * 32];
+  int32_t sums[32] = {};
+  for (int i = 0; i < kWordSteps * 32; ++i) words[i] = i * i;
+  const std::string error = Launch(64, sizeof(WordStages), &AddWords<kArrival>, Words{words, sums});
+  if (!error.empty()) return error;
+  for (int lane = 0; lane < 32; ++lane) {
+    int32_t expected = 0;
+    for (int step = 0; step < kWordSteps; ++step) expected += words[step * 32 + 31 - lane];
+    if (sums[lane] != expected) return "wrong sum in lane " + std::to_string(lane);
+  }
+  return "";
+}
+
 }  // namespace
 
 const std::map<std::string, std::string (*)()>& DecodeTests() {
@@ -249,6 +305,10 @@ const std::map<std::string, std::string (*)()>& DecodeTests() {
       {"box_counted_inside_only", Test<Mistake::kInsideBytes>},
       {"misaligned_box", Test<Mistake::kMisalignedBox>},
       {"misplaced_box", Test<Mistake::kMisplacedBox>},
+      {"cp_async_arrival", ArrivalTest<Arrival::kRight>},
+      {"cp_async_arrival_not_awaited", ArrivalTest<Arrival::kNoWait>},
+      {"cp_async_arrival_of_lane_missing", ArrivalTest<Arrival::kLaneMissing>},
+      {"cp_async_arrival_too_early", ArrivalTest<Arrival::kTooEarly>},
   };
   return tests;
 }

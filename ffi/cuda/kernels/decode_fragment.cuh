@@ -1,25 +1,19 @@
 // The product of a warp in the decode kernels: 16 rows of weights times 8-token tiles over 128 of K. Both operands are
 // e4m3 rows of 128 bytes in 16-byte pieces, piece p of row r at place p ^ (r % 8). A thread's four codes of a piece
 // serve as the f16 values k = 2q, 2q + 1, 2q + 8, 2q + 9 of an instruction, in both operands alike: a sum over k does
-// not mind the order.
+// not mind the order. MxFp8 scales the product of every two pieces.
 #pragma once
 #include "ptx.cuh"
 
 namespace jax_moe::cuda {
 
-// product[t] = the rows times tokens 8 t + ..., as mma_m16n8k16_f16 leaves it. Tokens past `last_token` repeat it.
-template <int kTokenTiles>
-DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int pitch,
-                           int last_token) {
+// Calls multiply(32 of 128, the rows' f16 values, those of the tokens): of a tile t, b[t][first] and b[t][first + 1].
+// Tokens past `last_token` repeat it.
+template <int kTokenTiles, class Multiply>
+DEVICE void for_each_32(uint32_t rows, uint32_t tokens, int pitch, int last_token, const Multiply& multiply) {
   const int lane = threadIdx.x % 32;
   const int row = lane % 16, row_piece = lane / 16;  // matrices: rows 0-7 and 8-15 of a piece, then of the next one
   const int token_piece = lane / 8;                  // matrices: four pieces
-  float odd[kTokenTiles][4] = {};                    // two chains of dependent instructions instead of one
-#pragma unroll
-  for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) product[t][i] = 0.f;
-  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t b[kTokenTiles][4][2];
@@ -37,13 +31,29 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
       load_matrix_x4(codes, rows + row * 128 + (((4 * half + 2 * pair + row_piece) ^ (row & 7)) << 4));
 #pragma unroll
       for (int i = 0; i < 4; ++i) e4m3x4_to_f16x4(codes[i], lo[i], hi[i]);
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-        mma_m16n8k16_f16(product[t], lo[0], lo[1], hi[0], hi[1], b[t][2 * pair][0], b[t][2 * pair][1]);
-        mma_m16n8k16_f16(odd[t], lo[2], lo[3], hi[2], hi[3], b[t][2 * pair + 1][0], b[t][2 * pair + 1][1]);
-      }
+      multiply(2 * half + pair, lo, hi, b, 2 * pair);
     }
   }
+}
+
+// product[t] = the rows times tokens 8 t + ..., as mma_m16n8k16_f16 leaves it.
+template <int kTokenTiles>
+DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int pitch,
+                           int last_token) {
+  float odd[kTokenTiles][4] = {};  // two chains of dependent instructions instead of one
+#pragma unroll
+  for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) product[t][i] = 0.f;
+  }
+  for_each_32<kTokenTiles>(
+      rows, tokens, pitch, last_token, [&](int, const auto& lo, const auto& hi, const auto& b, int first) {
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t) {
+          mma_m16n8k16_f16(product[t], lo[0], lo[1], hi[0], hi[1], b[t][first][0], b[t][first][1]);
+          mma_m16n8k16_f16(odd[t], lo[2], lo[3], hi[2], hi[3], b[t][first + 1][0], b[t][first + 1][1]);
+        }
+      });
 #pragma unroll
   for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
@@ -72,6 +82,55 @@ DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uin
     }
   }
   multiply_chunk(product, rows, tokens, pitch, last_token);
+}
+
+// MxFp8: a product under two E8M0 scales, whatever they are. NOTE: the scales' product may leave float32 where the
+// result does not, and under a zero it may not become infinite: it is taken in two halves.
+DEVICE float scaled_by_halves(float product, uint32_t a, uint32_t b) {
+  const uint32_t sum = a + b, low = sum / 2;
+  if (a == 255 || b == 255) return __uint_as_float(0x7FFFFFFF);
+  return product * __uint_as_float(low << 23) * __uint_as_float((sum - low) << 23);
+}
+
+// sums[t] += the rows times tokens 8 t + ..., with the words of four scales of this thread's two rows and of its two
+// tokens of each tile.
+template <int kTokenTiles>
+DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int pitch, int last_token,
+                              const uint32_t (&row_words)[2], const uint32_t (&token_words)[kTokenTiles][2]) {
+  // All scales from 2^-63 to 2^64: there one scale after the other is right, and none is NaN.
+  uint32_t plain = (row_words[0] ^ row_words[0] << 1) & (row_words[1] ^ row_words[1] << 1);
+#pragma unroll
+  for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) plain &= token_words[t][i] ^ token_words[t][i] << 1;
+  }
+  const bool all_plain = __all_sync(~0u, (plain & 0x80808080) == 0x80808080);
+  for_each_32<kTokenTiles>(
+      rows, tokens, pitch, last_token, [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
+        float product[kTokenTiles][4] = {};
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t) {
+          mma_m16n8k16_f16(product[t], lo[0], lo[1], hi[0], hi[1], b[t][first][0], b[t][first][1]);
+          mma_m16n8k16_f16(product[t], lo[2], lo[3], hi[2], hi[3], b[t][first + 1][0], b[t][first + 1][1]);
+        }
+        const auto scale = [&](uint32_t word) { return word >> (8 * block) & 255; };
+        if (__builtin_expect(all_plain, 1)) {
+#pragma unroll
+          for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              sums[t][i] += product[t][i] * __uint_as_float(scale(row_words[i / 2]) << 23) *
+                            __uint_as_float(scale(token_words[t][i % 2]) << 23);
+          }
+        } else {
+#pragma unroll
+          for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              sums[t][i] += scaled_by_halves(product[t][i], scale(row_words[i / 2]), scale(token_words[t][i % 2]));
+          }
+        }
+      });
 }
 
 // Shuffled weights: the row of 16 that is stored as row r.

@@ -41,32 +41,41 @@ struct Tile {  // 16 rows from `first` on and 16 from `second` on: up and gate, 
   int a, expert, index, first, second;
 };
 
-DEVICE Tile tile_at(const DecodeGemm1Parameters& p, const ActiveExperts& experts, int t, bool gated) {
-  const int a = t / p.num_tiles, index = t - a * p.num_tiles, first = index * (gated ? 16 : 32);
-  return {a, experts.expert[a], index, first, first + (gated ? p.intermediate : 16)};
+// `apart`: up rows are before all gate rows. Where they take turns, neighbours have both.
+DEVICE Tile tile_at(const DecodeGemm1Parameters& p, const ActiveExperts& experts, int t, bool apart) {
+  const int a = t / p.num_tiles, index = t - a * p.num_tiles, first = index * (apart ? 16 : 32);
+  return {a, experts.expert[a], index, first, first + (apart ? p.intermediate : 16)};
 }
 
-// By one thread.
-DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm1Parameters& p, bool gated) {
+// By one thread, with MxFp8 by its warp.
+template <bool kMx>
+DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm1Parameters& p, bool apart) {
   const WeightStream& s = p.stream;
   RingCursor at;
   const int num_tiles = fixed.experts.count * p.num_tiles;
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
-    const Tile tile = tile_at(p, fixed.experts, t, gated);
+    const Tile tile = tile_at(p, fixed.experts, t, apart);
     const int y = tile.expert * s.expert_y, z = tile.expert * s.expert_z;
     for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
       fixed.ring.wait_empty(at);
       const uint32_t full = fixed.ring.full_address(at.stage()), to = ring + at.stage() * s.stage_bytes;
-      mbarrier_arrive_expect(full, s.stage_bytes);
-      tma_load_3d(to, map, 0, y + tile.first, z + step * s.chunks, full);
-      tma_load_3d(to + s.stage_bytes / 2, map, 0, y + tile.second, z + step * s.chunks, full);
+      if (!kMx || threadIdx.x == kProducerThread) {
+        mbarrier_arrive_expect(full, s.stage_bytes);
+        tma_load_3d(to, map, 0, y + tile.first, z + step * s.chunks, full);
+        tma_load_3d(to + s.stage_bytes / 2, map, 0, y + tile.second, z + step * s.chunks, full);
+      }
+      if constexpr (kMx)
+        load_mx_scales(p.mx, ring + s.mx_scales_of_stage(at.stage()), kDecodeGemm1Rows, step * s.chunks, s.chunks,
+                       tile.expert, full, [&](int r) { return r < 16 ? tile.first + r : tile.second + r - 16; });
     }
   }
+  if constexpr (kMx) finish_mx_scales();
 }
 
 // The call's tokens on their way into shared memory, in 16-byte pieces, by the math threads.
 // NOTE: the first pieces are asked for before anything else: behind the weights they would wait for a whole ring of
 // them.
+template <bool kMx>
 class TokenLoader {
  public:
   DEVICE TokenLoader(const DecodeGemm1Parameters& p, uint32_t codes, float* scales)
@@ -105,7 +114,16 @@ class TokenLoader {
   }
   DEVICE float given_scale(int i) const {
     const int token = i / p_.stream.k_blocks, chunk = i - token * p_.stream.k_blocks;
-    return __ldcg(p_.x_scale + chunk * p_.block_stride + token * p_.token_stride);
+    if constexpr (kMx) {
+      const uint8_t* from =
+          static_cast<const uint8_t*>(p_.x_scale) + 4 * chunk * p_.block_stride + token * p_.token_stride;
+      uint32_t word = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) word |= uint32_t(__ldcg(from + j * p_.block_stride)) << 8 * j;
+      return __uint_as_float(word);
+    } else {
+      return __ldcg(static_cast<const float*>(p_.x_scale) + chunk * p_.block_stride + token * p_.token_stride);
+    }
   }
   DEVICE void store(int piece, const uint4& v, int count) {
     if (piece - int(threadIdx.x % 32) >= count) return;
@@ -116,7 +134,14 @@ class TokenLoader {
       return;
     }
     float scale;
-    const uint2 codes = quantize_bf16(v, scale);
+    uint2 codes;
+    if constexpr (kMx) {
+      uint32_t word;
+      codes = quantize_mx_bf16(v, word);
+      scale = __uint_as_float(word);
+    } else {
+      codes = quantize_bf16(v, scale);
+    }
     if (piece >= count) return;
     store_shared_v2(row + in_token * 8, codes);
     if (in_token % 16 == 0) scales_[token * scale_pitch(p_.stream.k_blocks) + in_token / 16] = scale;
@@ -139,18 +164,32 @@ DEVICE void load_tokens(Fixed& fixed, uint32_t x, uint32_t x_scale, const Decode
   if (lane >= p.num_tokens) return;
   bulk_load(x + lane * token_pitch(k_blocks), static_cast<const uint8_t*>(p.x) + int64_t(lane) * k_blocks * 128,
             k_blocks * 128, full);
-  bulk_load(x_scale + lane * scale_bytes, p.x_scale + lane * scale_pitch(k_blocks), scale_bytes, full);
+  bulk_load(x_scale + lane * scale_bytes, static_cast<const float*>(p.x_scale) + lane * scale_pitch(k_blocks),
+            scale_bytes, full);
+}
+
+// Shuffled rows of MxFp8: this lane's rows of a tile, one from each 8, are neighbours, gated ones two columns' up and
+// gate rows in turns. `to` is at the tile's first column.
+template <class Function>
+DEVICE void store_shuffled_mx(const Function& function, const float (&sums)[2][4], int i, float* to) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (Function::kGated)
+    reinterpret_cast<float2*>(to)[lane / 4] =
+        make_float2(function(sums[0][i + 2], sums[0][i]), function(sums[1][i + 2], sums[1][i]));
+  else
+    reinterpret_cast<float4*>(to)[lane / 4] =
+        make_float4(function(sums[0][i]), function(sums[0][i + 2]), function(sums[1][i]), function(sums[1][i + 2]));
 }
 
 // By one warp: adds up the shares of every tile in the order of the warps, applies the activation and stores h.
-template <int kTokenTiles>
-DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Parameters& p, bool gated) {
+template <int kTokenTiles, bool kMx>
+DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Parameters& p, bool apart) {
   const int lane = threadIdx.x % 32;
   const ActiveTokens& active = fixed.active;
   const int num_tiles = active.experts.count * p.num_tiles;
   PipelineCursor<kTileBuffers> at;
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, at.advance()) {
-    const Tile tile = tile_at(p, active.experts, t, gated);
+    const Tile tile = tile_at(p, active.experts, t, apart);
     wait_sums(at.stage());
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
@@ -170,9 +209,13 @@ DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Paramete
           const int token = n * 8 + lane % 4 * 2 + i % 2;
           if (!active.names(tile.a, token)) continue;
           const int row = lane / 4 + i / 2 * 8;  // as stored
-          const int column = p.shuffled ? plain_row(row) : row;
-          float* to =
-              p.h + int64_t(active.slot[tile.a][token]) * p.intermediate + tile.index * (kGated ? 16 : 32) + column;
+          const int column = !kMx && p.shuffled ? plain_row(row) : row;
+          float* to = p.h + int64_t(active.slot[tile.a][token]) * p.intermediate + tile.index * (kGated ? 16 : 32);
+          if (kMx && p.shuffled) {
+            if (i < 2) store_shuffled_mx(function, sums, i, to);
+            continue;
+          }
+          to += column;
           if constexpr (kGated) {
             *to = function(sums[1][i], sums[0][i]);
           } else {
@@ -187,23 +230,24 @@ DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Paramete
   }
 }
 
-template <int kTokenTiles>
-DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, float* partial,
-                     const DecodeGemm1Parameters& p, bool gated) {
+// `memory` is `ring` as a pointer.
+template <int kTokenTiles, bool kMx>
+DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_t x, float* x_scale, float* partial,
+                     const DecodeGemm1Parameters& p, bool apart) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const WarpShare share(s, kDecodeGemm1Rows);
-  TokenLoader tokens(p, x, x_scale);  // of fresh tokens, nothing
+  TokenLoader<kMx> tokens(p, x, x_scale);  // of fresh tokens, nothing
   // Arrivals: all math threads and the producer's warp. Publishes the experts.
   named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
   const int num_tiles = fixed.experts.count * p.num_tiles;
   const auto find = [&](int i) -> ScaleQueue::Place {
     const int t = int(blockIdx.x) + i * int(gridDim.x);
     if (t >= num_tiles) return {-1, 0};
-    const Tile tile = tile_at(p, fixed.experts, t, gated);
+    const Tile tile = tile_at(p, fixed.experts, t, apart);
     return {tile.expert, share.group() == 0 ? tile.first : tile.second};
   };
-  ScaleQueue scales(s, share, find);
+  std::conditional_t<kMx, NoScaleQueue, ScaleQueue> scales(s, share, find);
   if (p.x_is_fresh)
     fixed.tokens.wait_full(PipelineCursor<1>());
   else
@@ -228,14 +272,27 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     for (int step = share.first_step(stage), round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
       fixed.ring.wait_full(at);
       const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * s.chunks * 2048;
-      share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
-        float product[kTokenTiles][4];
-        multiply_named(product, named, rows + in_stage * 2048, x + chunk * 128, token_pitch(s.k_blocks),
-                       p.num_tokens - 1);
+      const uint32_t* words = stage_words<kMx>(s, memory, at.stage(), share.group());
+      share.for_blocks(s, step, round, [&](int chunk, int in_stage, int number) {
+        const uint32_t w = rows + in_stage * 2048, tokens_at = x + chunk * 128;
+        if constexpr (kMx) {
+          uint32_t token_words[kTokenTiles][2];
 #pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
+          for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[n][i] += scale * token_scale[n][i % 2][chunk] * product[n][i];
+            for (int i = 0; i < 2; ++i) token_words[n][i] = __float_as_uint(token_scale[n][i][chunk]);
+          }
+          multiply_mx_chunk(sums, w, tokens_at, token_pitch(s.k_blocks), p.num_tokens - 1,
+                            {words[in_stage], words[8 * s.chunks + in_stage]}, token_words);
+        } else {
+          const float scale = scales.at(number);
+          float product[kTokenTiles][4];
+          multiply_named(product, named, w, tokens_at, token_pitch(s.k_blocks), p.num_tokens - 1);
+#pragma unroll
+          for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[n][i] += scale * token_scale[n][i % 2][chunk] * product[n][i];
+          }
         }
       });
       __syncwarp();
@@ -253,17 +310,17 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
   }
 }
 
-template <int kTokenTiles>
+template <int kTokenTiles, bool kMx>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_gemm1(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm1Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
-  const DecodeGemm1Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, kTokenTiles);
+  const DecodeGemm1Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, kTokenTiles);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
-  const bool gated = p.stream.rows != p.intermediate;
+  const bool apart = p.stream.rows != p.intermediate && !(kMx && p.shuffled);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(1, StageShares(kDecodeGemm1Rows).warps());
+    fixed.ring.initialize(kMx ? 33 : 1, StageShares(kDecodeGemm1Rows).warps());
     for (uint64_t& barrier : fixed.sums_read) mbarrier_init(smem_address(&barrier), 1);
     fixed.tokens.initialize(1, 1);
   }
@@ -279,7 +336,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
     fixed.experts.build(expert, ranks);
     named_barrier_arrive(kExpertsBarrier, kDecodeMathThreads + 32);
-    if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p, gated);
+    if (kMx || threadIdx.x == kProducerThread) produce<kMx>(fixed, smem_address(memory), &map, p, apart);
   } else if (warp == kFinishThread / 32) {
     fixed.active.build(p.slots, {}, nullptr, p.num_tokens, p.top_k);
     named_barrier_arrive(kTokensBarrier, kDecodeMathThreads + 32);
@@ -288,16 +345,19 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       let_next_kernel_start();
       load_tokens(fixed, smem_address(memory + layout.x), smem_address(memory + layout.x_scale), p);
     }
-    finish<kTokenTiles>(fixed, reinterpret_cast<const float*>(memory + layout.partial), p, gated);
+    finish<kTokenTiles, kMx>(fixed, reinterpret_cast<const float*>(memory + layout.partial), p, apart);
   } else {
-    multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.x),
-                          reinterpret_cast<float*>(memory + layout.x_scale),
-                          reinterpret_cast<float*>(memory + layout.partial), p, gated);
+    multiply<kTokenTiles, kMx>(fixed, memory, smem_address(memory), smem_address(memory + layout.x),
+                               reinterpret_cast<float*>(memory + layout.x_scale),
+                               reinterpret_cast<float*>(memory + layout.partial), p, apart);
   }
 }
 
 }  // namespace
 
-DecodeGemm1Kernel FindDecodeGemm1(int token_tiles) { return token_tiles == 1 ? decode_gemm1<1> : decode_gemm1<2>; }
+DecodeGemm1Kernel FindDecodeGemm1(int token_tiles, bool mx) {
+  if (mx) return token_tiles == 1 ? decode_gemm1<1, true> : decode_gemm1<2, true>;
+  return token_tiles == 1 ? decode_gemm1<1, false> : decode_gemm1<2, false>;
+}
 
 }  // namespace jax_moe::cuda

@@ -19,7 +19,8 @@ struct Fixed {
 };
 static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
 
-// By one thread.
+// By one thread, with MxFp8 by its warp.
+template <bool kMx>
 DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
   RingCursor at;
@@ -29,12 +30,18 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
       for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
         fixed.ring.wait_empty(at);
         const uint32_t full = fixed.ring.full_address(at.stage());
-        mbarrier_arrive_expect(full, s.stage_bytes);
-        tma_load_3d(ring + at.stage() * s.stage_bytes, map, 0, expert * s.expert_y + row,
-                    expert * s.expert_z + step * s.chunks, full);
+        if (!kMx || threadIdx.x == kProducerThread) {
+          mbarrier_arrive_expect(full, s.stage_bytes);
+          tma_load_3d(ring + at.stage() * s.stage_bytes, map, 0, expert * s.expert_y + row,
+                      expert * s.expert_z + step * s.chunks, full);
+        }
+        if constexpr (kMx)
+          load_mx_scales(p.mx, ring + s.mx_scales_of_stage(at.stage()), p.slice_rows, step * s.chunks, s.chunks, expert,
+                         full, [&](int r) { return row + r; });
       }
     }
   }
+  if constexpr (kMx) finish_mx_scales();
 }
 
 // The rows of h and their scales, expert by expert, by one warp: a lane a token.
@@ -60,7 +67,7 @@ DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGe
 }
 
 // Adds up the warps' shares of a slice in their order and stores it.
-template <int kTokenTiles>
+template <int kTokenTiles, bool kMx>
 DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* partial) {
   const int groups = p.slice_rows / 16;
   for (int i = threadIdx.x; i < groups * kTokenTiles * 128; i += kDecodeMathThreads) {
@@ -73,14 +80,21 @@ DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* 
     const int lane = in_group / 4 % 32, token = in_group / 128 * 8 + lane % 4 * 2 + in_group % 2;
     if (token >= p.num_tokens) continue;
     const int row = lane / 4 + in_group / 2 % 2 * 8;
-    const int column = first + group * 16 + (p.shuffled ? plain_row(row) : row);
+    int column = first + group * 16 + row;
+    if (p.shuffled) {
+      if constexpr (kMx)
+        column += plain_mx_row(column % 32) - column % 32;
+      else
+        column += plain_row(row) - row;
+    }
     p.output[int64_t(token) * p.hidden + column] = uint16_t(to_bf16x2(sum, 0.f));
   }
 }
 
-template <int kTokenTiles>
-DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_scale, const float* token_weight,
-                     float* partial, const DecodeGemm2Parameters& p) {
+// `memory` is `ring` as a pointer.
+template <int kTokenTiles, bool kMx>
+DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_t h, const float* h_scale,
+                     const float* token_weight, float* partial, const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = p.slice_rows / 16;
   const WarpShare share(s, p.slice_rows);
@@ -91,7 +105,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
     if (count == 0 || first >= p.hidden) return {-1, 0};
     return {active.experts.expert[i - slice * count], first};
   };
-  ScaleQueue scales(s, share, find);
+  std::conditional_t<kMx, NoScaleQueue, ScaleQueue> scales(s, share, find);
   int number = 0, stage = 0;  // of this CTA's experts; the expert's first, of all stages
   RingCursor ring_at, h_at;
   for (int first = blockIdx.x * p.slice_rows; first < p.hidden; first += gridDim.x * p.slice_rows) {
@@ -117,27 +131,50 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
         }
         const uint32_t named = active.tokens[a];
         const uint32_t codes = h + h_at.stage() * tokens_bytes(s.k_blocks, p.num_tokens);
+        float of_expert[kTokenTiles][4] = {};  // MxFp8: without the routing weight
         RingCursor at = ring_at;
         at.advance(s.stages, first_step);
         for (int step = first_step, round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
           fixed.ring.wait_full(at);
           const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * 2048;
-          share.for_blocks(s, step, round, scales, [&](int chunk, int in_stage, float scale) {
-            float product[kTokenTiles][4];
-            multiply_named(product, named, rows + in_stage * groups * 2048, codes + chunk * 128,
-                           token_pitch(s.k_blocks), p.num_tokens - 1);
+          const uint32_t* words = stage_words<kMx>(s, memory, at.stage(), share.group());
+          share.for_blocks(s, step, round, [&](int chunk, int in_stage, int number) {
+            const uint32_t w = rows + in_stage * groups * 2048, x = codes + chunk * 128;
+            if constexpr (kMx) {
+              uint32_t token_words[kTokenTiles][2];
 #pragma unroll
-            for (int n = 0; n < kTokenTiles; ++n) {
-              const float factor[2] = {scale * row_scale[n][0][chunk] * weight[n][0],
-                                       scale * row_scale[n][1][chunk] * weight[n][1]};
+              for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-              for (int i = 0; i < 4; ++i)
-                if (routed[n][i % 2]) sums[n][i] += factor[i % 2] * product[n][i];
+                for (int i = 0; i < 2; ++i)
+                  token_words[n][i] = routed[n][i] ? __float_as_uint(row_scale[n][i][chunk]) : kMxOnes;
+              }
+              multiply_mx_chunk(of_expert, w, x, token_pitch(s.k_blocks), p.num_tokens - 1,
+                                {words[in_stage], words[8 * s.chunks + in_stage]}, token_words);
+            } else {
+              const float scale = scales.at(number);
+              float product[kTokenTiles][4];
+              multiply_named(product, named, w, x, token_pitch(s.k_blocks), p.num_tokens - 1);
+#pragma unroll
+              for (int n = 0; n < kTokenTiles; ++n) {
+                const float factor[2] = {scale * row_scale[n][0][chunk] * weight[n][0],
+                                         scale * row_scale[n][1][chunk] * weight[n][1]};
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                  if (routed[n][i % 2]) sums[n][i] += factor[i % 2] * product[n][i];
+              }
             }
           });
           __syncwarp();
           if (lane == 0) fixed.ring.release(at);
           at.advance(s.stages, StageShares::kTeams);
+        }
+        if constexpr (kMx) {
+#pragma unroll
+          for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (routed[n][i % 2]) sums[n][i] += weight[n][i % 2] * of_expert[n][i];
+          }
         }
       }
       ring_at.advance(s.stages, s.steps);
@@ -151,22 +188,22 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, const float* h_sca
           make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
     // Arrivals: all math threads. The first publishes the shares, the second says that they have been read.
     named_barrier_sync(kMathBarrier, kDecodeMathThreads);
-    store_slice<kTokenTiles>(p, first, partial);
+    store_slice<kTokenTiles, kMx>(p, first, partial);
     named_barrier_sync(kMathBarrier, kDecodeMathThreads);
   }
 }
 
-template <int kTokenTiles>
+template <int kTokenTiles, bool kMx>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_gemm2(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm2Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
-  const DecodeGemm2Layout layout(p.stream.stages * p.stream.stage_bytes, p.stream.k_blocks, p.num_tokens, p.top_k,
-                                 kTokenTiles, p.h_buffers);
+  const DecodeGemm2Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, p.top_k, kTokenTiles,
+                                 p.h_buffers);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(1, StageShares(p.slice_rows).warps());
+    fixed.ring.initialize(kMx ? 33 : 1, StageShares(p.slice_rows).warps());
     fixed.h.initialize(1, kDecodeWarps);
   }
   __syncthreads();
@@ -176,7 +213,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     int expert[kSlotsPerLane], ranks[kSlotsPerLane];
     load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
     fixed.experts.build(expert, ranks);
-    if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p);
+    if (kMx || threadIdx.x == kProducerThread) produce<kMx>(fixed, smem_address(memory), &map, p);
   } else if (warp == kRowsThread / 32) {
     fixed.active.build(p.slots, p.weights, reinterpret_cast<float*>(memory + layout.weight), p.num_tokens, p.top_k);
     named_barrier_arrive(kReadyBarrier, kDecodeMathThreads + 32);
@@ -186,15 +223,18 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   } else {
     // Arrivals: all math threads and the warp above. Publishes experts and tokens.
     named_barrier_sync(kReadyBarrier, kDecodeMathThreads + 32);
-    multiply<kTokenTiles>(fixed, smem_address(memory), smem_address(memory + layout.h),
-                          reinterpret_cast<const float*>(memory + layout.h_scale),
-                          reinterpret_cast<const float*>(memory + layout.weight),
-                          reinterpret_cast<float*>(memory + layout.partial), p);
+    multiply<kTokenTiles, kMx>(fixed, memory, smem_address(memory), smem_address(memory + layout.h),
+                               reinterpret_cast<const float*>(memory + layout.h_scale),
+                               reinterpret_cast<const float*>(memory + layout.weight),
+                               reinterpret_cast<float*>(memory + layout.partial), p);
   }
 }
 
 }  // namespace
 
-DecodeGemm2Kernel FindDecodeGemm2(int token_tiles) { return token_tiles == 1 ? decode_gemm2<1> : decode_gemm2<2>; }
+DecodeGemm2Kernel FindDecodeGemm2(int token_tiles, bool mx) {
+  if (mx) return token_tiles == 1 ? decode_gemm2<1, true> : decode_gemm2<2, true>;
+  return token_tiles == 1 ? decode_gemm2<1, false> : decode_gemm2<2, false>;
+}
 
 }  // namespace jax_moe::cuda

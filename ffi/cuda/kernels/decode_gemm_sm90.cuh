@@ -7,14 +7,16 @@
 #include "activation.cuh"
 #include "active_experts.cuh"
 #include "decode_layout.h"
+#include "decode_mx.cuh"
 #include "pipeline.cuh"
+#include "quantize.cuh"
 
 namespace jax_moe::cuda {
 
 // How weights [L, rows, K] reach the ring: boxes [chunks][box rows][128 B] at (0, e * expert_y + row, e * expert_z +
 // chunk) of a map {128, rows, K / 128}, in either layout.
 struct WeightStream {
-  const float* scale;  // [L, rows / 128, k_blocks]
+  const float* scale;  // [L, rows / 128, k_blocks]; not of MxFp8
   int rows;            // of an expert
   int k_blocks;        // K / 128
   int chunks;          // K blocks of a stage
@@ -22,6 +24,15 @@ struct WeightStream {
   int expert_y, expert_z;
   int stages;            // of the ring
   uint32_t stage_bytes;  // a multiple of 1024
+
+  // Behind the ring: with MxFp8 the scales of each stage.
+  template <bool kMx>
+  DEVICE uint32_t ring_bytes() const {
+    return stages * (stage_bytes + (kMx ? mx_stage_bytes(stage_bytes) : 0));
+  }
+  DEVICE uint32_t mx_scales_of_stage(int stage) const {
+    return stages * stage_bytes + stage * mx_stage_bytes(stage_bytes);
+  }
 };
 
 struct DecodeGemm1Parameters {
@@ -29,8 +40,8 @@ struct DecodeGemm1Parameters {
   int num_tokens, top_k;
   const void* x;  // bf16 or e4m3 [T, H]
   bool x_is_bf16;
-  bool x_is_fresh;  // e4m3 of the kernel before, scales [T, scale_pitch]: this one starts reading weights meanwhile
-  const float* x_scale;  // of e4m3: element (block, token) at block * block_stride + token * token_stride
+  bool x_is_fresh;      // e4m3 of the kernel before, scales [T, scale_pitch]: this one starts reading weights meanwhile
+  const void* x_scale;  // of e4m3: element (block, token) at block * block_stride + token * token_stride
   int64_t block_stride, token_stride;
   WeightStream stream;
   int intermediate;  // I
@@ -38,6 +49,7 @@ struct DecodeGemm1Parameters {
   bool shuffled;
   ActivationChoice activation;
   float* h;  // [T * K, I], a row a slot
+  MxWeightScales mx;
 };
 
 struct DecodeQuantizeParameters {
@@ -46,7 +58,7 @@ struct DecodeQuantizeParameters {
   int k_blocks;    // I / 128
   const float* h;  // [T * K, I]
   uint8_t* codes;  // e4m3 [T * K, I]
-  float* scales;   // [T * K, scale_pitch]
+  float* scales;   // [T * K, scale_pitch]; with MxFp8 words of four
 };
 
 struct DecodeGemm2Parameters {
@@ -61,6 +73,7 @@ struct DecodeGemm2Parameters {
   int h_buffers;   // experts whose quantised h is held at a time
   bool shuffled;
   uint16_t* output;  // bf16 [T, H]
+  MxWeightScales mx;
 };
 
 // Position in a ring whose number of stages is known at run time.
@@ -97,14 +110,14 @@ class WarpShare {
   // kTeams later.
   DEVICE int first_step(int stage) const { return (team_ - stage) & (StageShares::kTeams - 1); }
 
-  // Calls use(K block, its place in the stage, its scale) for this warp's blocks of the stage at `step`, its `round`-th
-  // of the tile that `scales` is at.
-  template <class Scales, class Use>
-  DEVICE void for_blocks(const WeightStream& stream, int step, int round, const Scales& scales, const Use& use) const {
+  // Calls use(K block, its place in the stage, its number in the tile) for this warp's blocks of the stage at `step`,
+  // its `round`-th of the tile.
+  template <class Use>
+  DEVICE void for_blocks(const WeightStream& stream, int step, int round, const Use& use) const {
     for (int i = 0; i < blocks_; ++i) {
       const int in_stage = part_ + i * shares_.split, chunk = step * stream.chunks + in_stage;
       if (in_stage >= stream.chunks || chunk >= stream.k_blocks) return;
-      use(chunk, in_stage, scales.at(round * blocks_ + i));
+      use(chunk, in_stage, round * blocks_ + i);
     }
   }
 
@@ -159,12 +172,31 @@ class ScaleQueue {
   float now_, next_;
 };
 
+// MxFp8: the words of this lane's first row of a group of 16 in a stage; those of its other row are 8 rows on.
+template <bool kMx>
+DEVICE const uint32_t* stage_words(const WeightStream& s, const uint8_t* ring, int stage, int group) {
+  if constexpr (!kMx) return nullptr;
+  const int row = group * 16 + threadIdx.x % 32 / 4;
+  return reinterpret_cast<const uint32_t*>(ring + s.mx_scales_of_stage(stage)) + row * s.chunks;
+}
+
+// With MxFp8 in the place of ScaleQueue: the words come with their stage.
+struct NoScaleQueue {
+  template <class Find>
+  DEVICE NoScaleQueue(const WeightStream&, const WarpShare&, const Find&) {}
+  template <class Find>
+  DEVICE void advance(const WeightStream&, const WarpShare&, const Find&, int) {}
+};
+
 using DecodeGemm1Kernel = void (*)(CUtensorMap, DecodeGemm1Parameters);
 using DecodeGemm2Kernel = void (*)(CUtensorMap, DecodeGemm2Parameters);
-DecodeGemm1Kernel FindDecodeGemm1(int token_tiles);  // of 8 tokens: 1 or 2
-DecodeGemm2Kernel FindDecodeGemm2(int token_tiles);
+DecodeGemm1Kernel FindDecodeGemm1(int token_tiles, bool mx);  // of 8 tokens: 1 or 2
+DecodeGemm2Kernel FindDecodeGemm2(int token_tiles, bool mx);
 
 inline constexpr int kDecodeQuantizeThreads = 128;  // a warp a block of 128
 __global__ void decode_quantize(const __grid_constant__ DecodeQuantizeParameters p);
+__global__ void decode_quantize_mx(const __grid_constant__ DecodeQuantizeParameters p);
+// bf16 tokens of a MxFp8 call; 16 lanes a block of 128, kQuantizeThreads a CTA.
+__global__ void decode_quantize_mx_tokens(const __grid_constant__ QuantizeTokens p);
 
 }  // namespace jax_moe::cuda

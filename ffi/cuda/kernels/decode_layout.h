@@ -36,12 +36,14 @@ struct StageShares {
   }
 };
 
-// A token's codes and its scales, a row each. NOTE: the pitch puts rows 16 bytes apart modulo 128, so that eight of
-// them are read without bank conflicts.
+// A token's codes and its scales, a row each; with MxFp8 a word of four scales is where a scale is. NOTE: the pitch
+// puts rows 16 bytes apart modulo 128, so that eight of them are read without bank conflicts.
 HOST_DEVICE constexpr int token_pitch(int k_blocks) { return k_blocks * 128 + 16; }
 HOST_DEVICE constexpr int scale_pitch(int k_blocks) { return (k_blocks + 3) / 4 * 4; }
 HOST_DEVICE constexpr int tokens_bytes(int k_blocks, int num_tokens) { return token_pitch(k_blocks) * num_tokens; }
 HOST_DEVICE constexpr int scales_bytes(int k_blocks, int num_tokens) { return scale_pitch(k_blocks) * num_tokens * 4; }
+// MxFp8: the scales of a stage of weights; the codes of 32 columns have one.
+HOST_DEVICE constexpr uint32_t mx_stage_bytes(uint32_t stage_bytes) { return stage_bytes / 32; }
 HOST_DEVICE constexpr int partial_bytes(int token_tiles) { return kDecodeWarps * token_tiles * 512; }
 
 struct DecodeGemm1Layout {

@@ -24,6 +24,7 @@ void check_tensor_map(const CUtensorMap* map);
 void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int rank, int x, int y, int z, uint32_t barrier);
 void queue_bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier);
 void queue_cp_async(uint32_t smem, const void* global, uint32_t bytes);
+void queue_cp_async_arrival(uint32_t barrier);
 void commit_cp_async();
 void wait_cp_async(int pending);
 // warp_matrix.cc
@@ -66,7 +67,9 @@ DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_
   emulation::queue_bulk_load(smem, global, bytes, barrier);
 }
 DEVICE void cp_async_16(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 16); }
+DEVICE void cp_async_8(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 8); }
 DEVICE void cp_async_4(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 4); }
+DEVICE void cp_async_arrive(uint32_t barrier) { emulation::queue_cp_async_arrival(barrier); }
 DEVICE void cp_async_commit() { emulation::commit_cp_async(); }
 template <int kPending>
 DEVICE void cp_async_wait() {
