@@ -72,8 +72,8 @@ Status DecodeGemm1(const Call& c) {
   bool overlap = d.overlap_previous;
   if (p.x_is_fresh) {
     const QuantizeTokens tokens = c.quantize_tokens(scale_pitch(p.stream.k_blocks));
-    s = Launch("quantize_tokens", c.p.mx() ? decode_quantize_mx_tokens : quantize_tokens,
-               {unsigned(d.quantize_ctas), kQuantizeThreads, 0, overlap}, c.stream, tokens);
+    s = Launch("quantize_tokens", quantize_tokens, {unsigned(d.quantize_ctas), kQuantizeThreads, 0, overlap}, c.stream,
+               tokens);
     if (!s.ok()) return s;
     overlap = true;
     p.x = tokens.codes;

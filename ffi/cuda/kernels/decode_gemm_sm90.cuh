@@ -9,7 +9,6 @@
 #include "decode_layout.h"
 #include "decode_mx.cuh"
 #include "pipeline.cuh"
-#include "quantize.cuh"
 
 namespace jax_moe::cuda {
 
@@ -196,7 +195,5 @@ DecodeGemm2Kernel FindDecodeGemm2(int token_tiles, bool mx);
 inline constexpr int kDecodeQuantizeThreads = 128;  // a warp a block of 128
 __global__ void decode_quantize(const __grid_constant__ DecodeQuantizeParameters p);
 __global__ void decode_quantize_mx(const __grid_constant__ DecodeQuantizeParameters p);
-// bf16 tokens of a MxFp8 call; 16 lanes a block of 128, kQuantizeThreads a CTA.
-__global__ void decode_quantize_mx_tokens(const __grid_constant__ QuantizeTokens p);
 
 }  // namespace jax_moe::cuda

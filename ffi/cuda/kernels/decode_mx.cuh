@@ -4,11 +4,11 @@
 // shared memory, and the rule by which tokens and h are quantised.
 #pragma once
 #include "decode_layout.h"
-#include "fp8.cuh"
+#include "mx_scale.cuh"
 
 namespace jax_moe::cuda {
 
-inline constexpr uint32_t kMxNan = 255, kMxOne = 127;
+inline constexpr uint32_t kMxOne = 127;
 inline constexpr uint32_t kMxOnes = 0x7F7F7F7F;
 
 // The scales of weights [L, rows, K], in the caller's layout.
@@ -59,17 +59,8 @@ DEVICE void finish_mx_scales() {
   cp_async_wait<0>();
 }
 
-// The rule: the smallest power of two that brings a block's largest magnitude to 448 at most. NOTE: as with 1x128 a NaN
-// does not count; an infinity makes the scale and all codes NaN. Zeros get the scale 1, which the product is fast with.
-DEVICE uint32_t mx_scale(float amax) {
-  const uint32_t bits = __float_as_uint(amax);
-  if (amax == INFINITY) return kMxNan;
-  // 448 = 1.75 x 2^8.
-  const int wanted = int(bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000);
-  return amax == 0.f ? kMxOne : uint32_t(max(wanted, 0));
-}
-// 1 over it, exactly.
-DEVICE float mx_inverse(uint32_t scale) { return __uint_as_float(scale == kMxNan ? 0x7FFFFFFF : (254 - scale) << 23); }
+// The scale of 32 values with that largest magnitude. Zeros get 1, which the product is fast with.
+DEVICE uint32_t mx_scale_or_one(float amax) { return amax == 0.f ? kMxOne : mx_block_scale(amax); }
 
 // The word of four blocks of kLanes lanes each, from their scales.
 template <int kLanes>
@@ -91,7 +82,7 @@ DEVICE uint2 quantize_mx_bf16(const uint4& values, uint32_t& word) {
   }
 #pragma unroll
   for (int d = 2; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-  const uint32_t scale = mx_scale(amax);
+  const uint32_t scale = mx_scale_or_one(amax);
   word = mx_word<4>(scale);
   const float inverse = mx_inverse(scale);
 #pragma unroll
@@ -107,7 +98,7 @@ DEVICE uint32_t quantize_mx_f32(const uint4& values, uint32_t& word) {
   float amax = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
 #pragma unroll
   for (int d = 4; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-  const uint32_t scale = mx_scale(amax);
+  const uint32_t scale = mx_scale_or_one(amax);
   word = mx_word<8>(scale);
   const float inverse = mx_inverse(scale);
   return to_e4m3x2(x[0] * inverse, x[1] * inverse) | uint32_t(to_e4m3x2(x[2] * inverse, x[3] * inverse)) << 16;

@@ -1,6 +1,5 @@
 // Between the two GEMMs of a small call: h to e4m3 with 1x128 scales, or 1x32 of MxFp8. A kernel of its own, because a
 // block of 128 comes from eight tiles of GEMM1; it needs next to nothing of an SM, so it is there when GEMM1 ends.
-// Before GEMM1, where a call has many: the tokens of MxFp8.
 #include "decode_gemm_sm90.cuh"
 #include "fp8.cuh"
 
@@ -46,21 +45,6 @@ __global__ void __launch_bounds__(kDecodeQuantizeThreads)
 __global__ void __launch_bounds__(kDecodeQuantizeThreads)
     decode_quantize_mx(const __grid_constant__ DecodeQuantizeParameters p) {
   quantize_h<true>(p);
-}
-
-__global__ void __launch_bounds__(kQuantizeThreads)
-    decode_quantize_mx_tokens(const __grid_constant__ QuantizeTokens p) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  const int64_t block = (int64_t(blockIdx.x) * kQuantizeThreads + threadIdx.x) / 16;
-  const int piece = threadIdx.x % 16;
-  const bool inside = block < p.num_blocks;
-  uint32_t word;
-  const uint2 codes = quantize_mx_bf16(
-      inside ? __ldcg(reinterpret_cast<const uint4*>(p.x) + block * 16 + piece) : make_uint4(0, 0, 0, 0), word);
-  if (!inside) return;
-  *(reinterpret_cast<uint2*>(p.codes) + block * 16 + piece) = codes;
-  if (piece == 0) p.scales[block / p.k_blocks * p.scale_pitch + block % p.k_blocks] = __uint_as_float(word);
 }
 
 }  // namespace jax_moe::cuda

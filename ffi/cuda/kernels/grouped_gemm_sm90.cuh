@@ -76,7 +76,7 @@ DEVICE int b_row(const GemmShape& shape, const Tile& tile, int half) {
 DEVICE void prefetch_first_b(const CUtensorMap* b_map, const GemmShape& shape, int num_columns) {
   const Tile tile{0, 0, int(blockIdx.x) / num_columns, int(blockIdx.x) % num_columns};
   if (tile.expert >= shape.early_experts) return;
-  for (int k = 0; k < min(kNumStages, shape.k_blocks); ++k) {
+  for (int k = 0; k < min(DeepSeekFormat::kStages, shape.k_blocks); ++k) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       tma_prefetch_2d(b_map, k * shape.k_columns,
