@@ -9,6 +9,7 @@ replays of rotated inputs through torch, so that clocks and heat are the same fo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import torch_facade as facade
-from jax_moe.bench.cuda import quantize_blocks
+from jax_moe.bench.device import Set
 from jax_moe.bench.machine import open_device
 from jax_moe.bench.timing import CudaGraph
 from jax_moe.bench.workload import Cell, Routing, draw_routings, number_of_sets, parse_shape
@@ -33,7 +34,6 @@ PLAIN = "plain"
 WEIGHTS = ("gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale")
 MX = facade.Fp8QuantizationType.MxFp8
 BLOCKED = facade.WeightLayout.BlockMajorK
-Set = dict[str, torch.Tensor]
 
 
 def shuffled(weights: Set) -> Set:
@@ -75,11 +75,6 @@ def prepared(weights: Set) -> Set:
     return {name: getattr(folded, name) for name in WEIGHTS}
 
 
-def fp8_tokens(x: torch.Tensor) -> Set:
-    codes, scale = quantize_blocks(x.float().view(len(x), -1, SCALE_BLOCK), (2,))
-    return {"hidden_states": codes.view(x.shape), "hidden_states_scale": scale[:, :, 0].t().contiguous()}
-
-
 def logits_of(routing: Routing, num_experts: int) -> torch.Tensor:
     """float32 logits whose largest are those of the routing's experts, in slot order."""
     ids = torch.from_numpy(routing.topk_ids >> 16).long()
@@ -95,14 +90,15 @@ class Variants:
         self._cell = cell
         sets = number_of_sets(cell.tokens)
         self._routings = draw_routings(cell, sets, cell.tokens)
-        self._tokens = [device.random_tokens(cell, i)["hidden_states"] for i in range(sets)]
+        fp8 = dataclasses.replace(cell, bf16_input=False)
+        self._tokens, self._fp8_tokens = ([device.random_tokens(c, i) for i in range(sets)] for c in (cell, fp8))
         self._ids = [device.put(routing.topk_ids) for routing in self._routings]
         self._weights, self._layouts = weights, layouts
 
     def calls(self) -> dict[str, list[Callable[[], Any]]]:
         sets = range(len(self._tokens))
         every = {name: [self._routed(i, *layout) for i in sets] for name, layout in self._layouts.items()}
-        every["fp8 tokens"] = [self._routed(i, self._weights, {}, **fp8_tokens(self._tokens[i])) for i in sets]
+        every["fp8 tokens"] = [self._routed(i, self._weights, self._fp8_tokens[i]) for i in sets]
         every["no overlap of kernels"] = [self._routed(i, self._weights, {"enable_pdl": False}) for i in sets]
         if self._cell.tokens <= 64:
             every["batch invariant"] = [self._routed(i, self._weights, {"batch_invariant": True}) for i in sets]
@@ -114,14 +110,14 @@ class Variants:
         """Arguments by name that the routed function and the one that routes share."""
         s = self._cell.shape
         return {
-            **{"routing_bias": None, "hidden_states": self._tokens[i], "hidden_states_scale": None, **weights},
+            **{"routing_bias": None, "hidden_states_scale": None, **self._tokens[i], **weights},
             **{"num_experts": s.num_experts, "top_k": s.top_k, "n_group": None, "topk_group": None},
             **{"intermediate_size": s.intermediate_size, "local_expert_offset": s.local_expert_offset},
             **{"local_num_experts": s.local_num_experts, "routed_scaling_factor": None},
         }
 
-    def _routed(self, i: int, weights: Set, options: dict[str, Any], **tokens: torch.Tensor) -> Callable[[], Any]:
-        arguments = {"topk_ids": self._ids[i], **self._common(i, weights), **options, **tokens}
+    def _routed(self, i: int, weights: Set, changes: dict[str, Any]) -> Callable[[], Any]:
+        arguments = {"topk_ids": self._ids[i], **self._common(i, weights), **changes}
         return lambda: facade.trtllm_fp8_block_scale_routed_moe(**arguments)
 
     def _from_logits(self, i: int, method: facade.RoutingMethodType) -> Callable[[], Any]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from cases import GRID, MX, MX_OPTIONS, Case
+import numpy as np
+from cases import GRID, MX, MX_OPTIONS, Arrays, Case, arrays
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "": {},
@@ -61,3 +62,12 @@ WIDE = (
     Case("mx_wide_inter", 1, 1024, 2048, 2, 1, **MX | GRID),
     Case("mx_wide_bf16", 16, 7168, 256, 2, 1, **MX | BF16),
 )
+
+
+def zeros_under_the_largest_scales() -> tuple[Case, Arrays]:
+    case = Case("", 3, 128, 128, 1, 1, routing="one_expert", **MX)
+    given = arrays(case)
+    given["hidden_states"] = np.zeros_like(given["hidden_states"])
+    for name in ("hidden_states_scale", "gemm1_weights_scale", "gemm2_weights_scale"):
+        given[name] = np.full_like(given[name], 254)
+    return case, given

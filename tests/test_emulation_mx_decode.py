@@ -34,11 +34,7 @@ def test_no_order_of_events_changes_a_bit(emulator: emulated.Emulator, name: str
 
 
 def test_zeros_under_the_largest_scales_are_zeros(emulator: emulated.Emulator) -> None:
-    case = cases.Case("", 3, 128, 128, 1, 1, routing="one_expert", **cases.MX)
-    given = cases.arrays(case)
-    given["hidden_states"] = np.zeros_like(given["hidden_states"])
-    for name in ("hidden_states_scale", "gemm1_weights_scale", "gemm2_weights_scale"):
-        given[name] = np.full_like(given[name], 254)
+    case, given = mx_decode.zeros_under_the_largest_scales()
     assert not np.any(emulated.run(emulator, case, given)["output"])
 
 

@@ -28,8 +28,8 @@ Status DescribeStream(const Call& c, const Buffer& weights, const Buffer& scale,
 }
 
 // With MxFp8, the scales of the same weights, of which the stream has stages.
-MxWeightScales DescribeMxScales(const Call& c, const Buffer& scale, const WeightStream& stream, bool gated) {
-  MxWeightScales s{};
+MxScaleStream DescribeMxScales(const Call& c, const Buffer& scale, const WeightStream& stream, bool gated) {
+  MxScaleStream s{};
   if (!c.p.mx()) return s;
   s.bytes = static_cast<const uint8_t*>(scale.data);
   s.k_blocks = stream.k_blocks;

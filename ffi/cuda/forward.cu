@@ -222,8 +222,9 @@ Status Forward(const Problem& problem, const Buffers& buffers, int device, void*
                {kGemm1, "gemm1", Gemm1, DecodeGemm1},
                {kGemm2, "gemm2", Gemm2, DecodeGemm2},
                {kFinalize, "finalize", Finalize, nullptr}};
+  const int launched = stages & LaunchedStages(problem, config);
   for (const auto& step : order) {
-    if (!(stages & LaunchedStages(problem, config) & step.stage)) continue;
+    if (!(launched & step.stage)) continue;
     const auto run = config.decode.used ? step.decode : step.grouped;
     if (Status s = run(call); !s.ok()) return s;
     if (Status s = CheckStage(step.name, call.stream.handle); !s.ok()) return s;

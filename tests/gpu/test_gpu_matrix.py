@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import cases
+import mx_decode
 import numpy as np
 import pytest
 import routings
@@ -24,7 +25,7 @@ def some(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=lambda case: case.name)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SMALL, *mx_decode.CASES.values()], ids=lambda case: case.name)
 def test_small_case(cuda: Cuda, case: Case) -> None:
     """Right; inputs untouched; the same bits over a zeroed workspace and with every buffer at its weakest alignment."""
     call = Call(case, memory=cuda)

@@ -3,7 +3,7 @@
 // serve as the f16 values k = 2q, 2q + 1, 2q + 8, 2q + 9 of an instruction, in both operands alike: a sum over k does
 // not mind the order. MxFp8 scales the product of every two pieces.
 #pragma once
-#include "ptx.cuh"
+#include "mx_scale.cuh"
 
 namespace jax_moe::cuda {
 
@@ -88,7 +88,7 @@ DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uin
 // result does not, and under a zero it may not become infinite: it is taken in two halves.
 DEVICE float scaled_by_halves(float product, uint32_t a, uint32_t b) {
   const uint32_t sum = a + b, low = sum / 2;
-  if (a == 255 || b == 255) return __uint_as_float(0x7FFFFFFF);
+  if (a == kMxScaleNan || b == kMxScaleNan) return __uint_as_float(0x7FFFFFFF);
   return product * __uint_as_float(low << 23) * __uint_as_float((sum - low) << 23);
 }
 

@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(kMx ? 33 : 1, StageShares(kDecodeGemm1Rows).warps());
+    fixed.ring.initialize(kFullArrivals<kMx>, StageShares(kDecodeGemm1Rows).warps());
     for (uint64_t& barrier : fixed.sums_read) mbarrier_init(smem_address(&barrier), 1);
     fixed.tokens.initialize(1, 1);
   }

@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(kMx ? 33 : 1, StageShares(p.slice_rows).warps());
+    fixed.ring.initialize(kFullArrivals<kMx>, StageShares(p.slice_rows).warps());
     fixed.h.initialize(1, kDecodeWarps);
   }
   __syncthreads();

@@ -48,7 +48,7 @@ struct DecodeGemm1Parameters {
   bool shuffled;
   ActivationChoice activation;
   float* h;  // [T * K, I], a row a slot
-  MxWeightScales mx;
+  MxScaleStream mx;
 };
 
 struct DecodeQuantizeParameters {
@@ -72,7 +72,7 @@ struct DecodeGemm2Parameters {
   int h_buffers;   // experts whose quantised h is held at a time
   bool shuffled;
   uint16_t* output;  // bf16 [T, H]
-  MxWeightScales mx;
+  MxScaleStream mx;
 };
 
 // Position in a ring whose number of stages is known at run time.
@@ -178,6 +178,10 @@ DEVICE const uint32_t* stage_words(const WeightStream& s, const uint8_t* ring, i
   const int row = group * 16 + threadIdx.x % 32 / 4;
   return reinterpret_cast<const uint32_t*>(ring + s.mx_scales_of_stage(stage)) + row * s.chunks;
 }
+
+// Arrivals that fill a stage: the thread that asks for boxes, with MxFp8 every lane of its warp for its scales too.
+template <bool kMx>
+inline constexpr int kFullArrivals = kMx ? 33 : 1;
 
 // With MxFp8 in the place of ScaleQueue: the words come with their stage.
 struct NoScaleQueue {

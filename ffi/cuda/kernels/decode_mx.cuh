@@ -11,8 +11,8 @@ namespace jax_moe::cuda {
 inline constexpr uint32_t kMxOne = 127;
 inline constexpr uint32_t kMxOnes = 0x7F7F7F7F;
 
-// The scales of weights [L, rows, K], in the caller's layout.
-struct MxWeightScales {
+// The scales of weights [L, rows, K], in the caller's layout, beside their WeightStream.
+struct MxScaleStream {
   const uint8_t* bytes;
   int64_t expert_bytes;
   int k_blocks;    // K / 128
@@ -34,7 +34,7 @@ struct MxWeightScales {
 // By a whole warp: asks for the words of `chunks` K blocks from `chunk` on, to words [rows][chunks] at `to`, and makes
 // every lane arrive on `barrier` once its own have landed. row_at(r) is the row of memory of row r.
 template <class RowAt>
-DEVICE void load_mx_scales(const MxWeightScales& s, uint32_t to, int rows, int chunk, int chunks, int expert,
+DEVICE void load_mx_scales(const MxScaleStream& s, uint32_t to, int rows, int chunk, int chunks, int expert,
                            uint32_t barrier, const RowAt& row_at) {
   const int lane = threadIdx.x % 32, rows_at_once = min(rows, 32), words = s.copy_bytes / 4;
   const int first = lane / rows_at_once * words, step = 32 / rows_at_once * words;
