@@ -52,6 +52,7 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   w.expert_offsets = carve.Take<int32_t>({experts + 1, 0});
   w.chunk_histogram = carve.Take<int32_t>({kMaxRouteChunks * experts, 0});
   w.num_m_blocks = carve.Take<int32_t>({1, 0});
+  w.drawn_tiles = carve.Take<int32_t>({2, 0});
   w.m_blocks = carve.Take<MBlock>({experts + 1, (p.top_k + kBlockM - 1) / kBlockM});
   w.permuted_x_scale = carve.Take<float>({3 * h_blocks, p.top_k * h_blocks});
   if (p.has_gemm1_lora_delta) {

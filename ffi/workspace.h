@@ -6,10 +6,11 @@
 
 namespace jax_moe {
 
-// Blocks of at most kBlockM rows of one expert, the unit of the GEMM schedules. Blocks are numbered in row order;
+// Blocks of at most kBlockM rows of one expert, in steps of kBlockStep but for its last, the unit of the GEMM schedules.
+// Blocks are numbered in row order;
 // groups of up to kBlocksPerGroup neighbours of one expert walk the weight columns together, so that a weight tile is
 // read from memory once.
-inline constexpr int kBlockM = 128;
+inline constexpr int kBlockM = 128, kBlockStep = 16;
 inline constexpr int kBlocksPerGroup = 16;
 struct alignas(16) MBlock {
   int32_t row0;         // first permuted row
@@ -37,6 +38,7 @@ struct Workspace {
   int32_t* expert_offsets;                // [L + 1]           first permuted row of each local expert
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks]
   int32_t* num_m_blocks;                  // [1]
+  int32_t* drawn_tiles;                   // [2]               tiles that CTAs of GEMM1 and GEMM2 have drawn
   MBlock* m_blocks;                       // [T*K/128 + L + 1]
   float* permuted_x_scale;                // [H/128, scale_stride]; on a GPU [H/128, T], only where MxFp8 needs it
   uint8_t* h;      // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output

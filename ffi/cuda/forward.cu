@@ -12,7 +12,7 @@
 #include "decode.h"
 #include "device.h"
 #include "kernels/finalize.cuh"
-#include "kernels/grouped_gemm_mx_sm90.cuh"
+#include "kernels/grouped_gemm_sm90.cuh"
 #include "kernels/route.cuh"
 #include "launch.h"
 #include "select.h"
@@ -39,6 +39,7 @@ Status Route(const Call& c) {
   r.permuted_idx_to_expanded_idx = c.workspace.permuted_idx_to_expanded_idx;
   r.expert_offsets = c.workspace.expert_offsets;
   r.num_m_blocks = c.workspace.num_m_blocks;
+  r.drawn_tiles = c.workspace.drawn_tiles;
   r.m_blocks = c.workspace.m_blocks;
   r.expert_weights =
       r.slots.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
@@ -73,8 +74,8 @@ Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale
   shape->expert_stride = int(block_major ? rows * k_blocks : rows);
   shape->k_stride = int(block_major ? rows : 0);
   shape->k_columns = block_major ? 0 : kBlockK;
-  return block_major ? EncodeBytes(map, weights.data, experts * k_blocks * rows, kBlockK, kHalfN)
-                     : EncodeBytes(map, weights.data, experts * rows, k, kHalfN);
+  return block_major ? EncodeBytes(map, weights.data, experts * k_blocks * rows, kBlockK, kHalfRows)
+                     : EncodeBytes(map, weights.data, experts * rows, k, kHalfRows);
 }
 
 // The scales of such weights with MxFp8; by_turns: their up and gate rows take turns, which a grid's do not.
@@ -85,18 +86,16 @@ MxWeightScales DescribeScales(const Call& c, const Buffer& scale, bool by_turns)
   return {static_cast<const uint32_t*>(scale.data), c.p.weights_scale_rows == 1 ? rows : grid};
 }
 
-// Tokens and their scales: the caller's, or those that the route's CTAs have made.
-GatherA DescribeTokens(const Call& c) {
+// Tokens' scales: the caller's, or those that the route's CTAs have made.
+TokenScales DescribeTokenScales(const Call& c) {
   const Workspace& w = c.workspace;
-  const int64_t k_blocks = c.p.hidden_size / kScaleBlock;
-  if (c.p.hidden_states_are_bf16()) return {w.x, w.permuted_idx_to_token, w.x_scale, 1, k_blocks};
-  const auto* x = static_cast<const uint8_t*>(c.buffers.hidden_states.data);
+  if (c.p.hidden_states_are_bf16()) return {w.x_scale, 1, c.p.hidden_size / kScaleBlock};
   const float* scale = Floats(c.buffers.hidden_states_scale);
   const int64_t block_stride = c.p.hidden_states_scale_block_stride;
   const int64_t token_stride = c.p.hidden_states_scale_token_stride;
-  if (!c.p.mx()) return {x, w.permuted_idx_to_token, scale, block_stride, token_stride};
-  if (c.token_scales_are_words()) return {x, w.permuted_idx_to_token, scale, 1, token_stride / kMxScales};
-  return {x, w.permuted_idx_to_token, w.permuted_x_scale, c.p.num_tokens, 1};
+  if (!c.p.mx()) return {scale, block_stride, token_stride};
+  if (c.token_scales_are_words()) return {scale, 1, token_stride / kMxScales};
+  return {w.permuted_x_scale, c.p.num_tokens, 1};
 }
 
 Status Gemm1(const Call& c) {
@@ -109,50 +108,51 @@ Status Gemm1(const Call& c) {
   const bool apart = c.p.gated() && !by_turns;
   shape.column_step = apart ? 128 : 256;
   shape.half_step = apart ? int(inter) : 128;
-  shape.early_experts = c.config.early_experts;
   Status s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden,
                              &b_map, &shape);
   if (!s.ok()) return s;
-  const GatherA gather = DescribeTokens(c);
-  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm1_columns};
+  const auto* x = c.p.hidden_states_are_bf16() ? w.x : static_cast<const uint8_t*>(c.buffers.hidden_states.data);
+  const GatherA gather{x, w.permuted_idx_to_token};
+  const TokenScales token_scales = DescribeTokenScales(c);
+  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.drawn_tiles, c.config.gemm1_columns};
   const void* delta = c.p.has_gemm1_lora_delta ? c.buffers.gemm1_lora_delta.data : nullptr;
   const LoraDelta lora{static_cast<const uint16_t*>(delta), w.permuted_idx_to_expanded_idx, c.p.gemm1_rows()};
   const unsigned grid = unsigned(c.config.gemm1_grid);
   if (c.p.mx()) {
-    const MxWeightScales scales = DescribeScales(c, c.buffers.gemm1_weights_scale, by_turns);
+    const MxScales scales{token_scales, DescribeScales(c, c.buffers.gemm1_weights_scale, by_turns)};
     const MxActivationEpilogue epilogue{w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, shuffled};
     return Launch("gemm1_mx_sm90", gemm1_mx_sm90, {grid, kGemmThreads, kMxGemm1SharedBytes, true}, c.stream, b_map,
-                  gather, shape, scales, schedule, epilogue);
+                  gather, scales, shape, schedule, epilogue);
   }
   const ActivationEpilogue epilogue{w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, shuffled};
-  return Launch("gemm1_sm90", gemm1_sm90, {grid, kGemmThreads, kGemm1SharedBytes, true}, c.stream, b_map, gather, shape,
-                schedule, epilogue);
+  return Launch("gemm1_sm90", gemm1_sm90, {grid, kGemmThreads, kGemm1SharedBytes, true}, c.stream, b_map, gather,
+                token_scales, shape, schedule, epilogue);
 }
 
 Status Gemm2(const Call& c) {
   const Workspace& w = c.workspace;
   const int64_t rows = c.p.expanded_rows(), hidden = c.p.hidden_size, inter = c.p.intermediate_size;
-  CUtensorMap a_map, a_scale_map, b_map;
+  CUtensorMap a_map, b_map;
   GemmShape shape{};
   shape.column_step = 256;
   shape.half_step = 128;
   Status s = EncodeBytes(&a_map, w.h, rows, inter, kBoxRows);
-  if (s.ok()) s = EncodeScales(&a_scale_map, w.h_scale, inter / kScaleBlock, rows, w.scale_stride, kScaleBox);
   if (s.ok())
     s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &b_map, &shape);
   if (!s.ok()) return s;
-  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, c.config.gemm2_columns};
+  const TokenScales token_scales{w.h_scale, w.scale_stride, 1};
+  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.drawn_tiles + 1, c.config.gemm2_columns};
   const bool shuffled = c.p.use_shuffled_weight != 0;
   const unsigned grid = unsigned(c.config.gemm2_grid);
   if (c.p.mx()) {
-    const MxWeightScales scales = DescribeScales(c, c.buffers.gemm2_weights_scale, false);
+    const MxScales scales{token_scales, DescribeScales(c, c.buffers.gemm2_weights_scale, false)};
     const MxBf16Epilogue epilogue{w.y2, hidden, shuffled};
     return Launch("gemm2_mx_sm90", gemm2_mx_sm90, {grid, kGemmThreads, kMxGemm2SharedBytes, true}, c.stream, a_map,
-                  a_scale_map, b_map, shape, scales, schedule, epilogue);
+                  b_map, scales, shape, schedule, epilogue);
   }
   const Bf16Epilogue epilogue{w.y2, hidden, shuffled};
-  return Launch("gemm2_sm90", gemm2_sm90, {grid, kGemmThreads, kGemm2SharedBytes, true}, c.stream, a_map, a_scale_map,
-                b_map, shape, schedule, epilogue);
+  return Launch("gemm2_sm90", gemm2_sm90, {grid, kGemmThreads, kGemm2SharedBytes, true}, c.stream, a_map, b_map,
+                token_scales, shape, schedule, epilogue);
 }
 
 Status Finalize(const Call& c) {

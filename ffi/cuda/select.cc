@@ -111,9 +111,6 @@ Config Select(const Problem& p, int num_sms) {
   const int64_t most_m_blocks = std::min(rows, rows / kBlockM + std::min(p.local_num_experts, rows));
   c.gemm1_columns = int(CeilDiv(p.intermediate_size, p.gated() ? 128 : 256));
   c.gemm2_columns = int(CeilDiv(p.hidden_size, 256));
-  // Where most experts have a row block, but few rows, so that weights are what takes the time.
-  const int64_t rows_per_expert = rows / p.num_experts;
-  c.early_experts = rows_per_expert >= 1 && rows_per_expert < kBlockM / 2 ? int(p.local_num_experts) : 0;
   c.gemm1_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm1_columns));
   c.gemm2_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm2_columns));
   return c;
@@ -145,9 +142,9 @@ std::string Explain(const Problem& p, int num_sms) {
   if (p.batch_invariant) text << "batch invariant: grouped kernels at every size\n";
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
        << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + " on the side" : "") << "\n"
-       << "gemm1: " << kernel << (p.gated() ? "128x(128+128)x128" : "128x256x128") << ", gathered A, activation + "
+       << "gemm1: " << kernel << (p.gated() ? "(128+128) rows x 16 to 128 tokens" : "256 rows x 16 to 128 tokens") << ", gathered A, activation + "
        << format << " e4m3, " << c.gemm1_columns << " column tiles, " << c.gemm1_grid << " CTAs\n"
-       << "gemm2: " << kernel << "128x256x128, bf16, " << c.gemm2_columns << " column tiles, " << c.gemm2_grid
+       << "gemm2: " << kernel << "256 rows x 16 to 128 tokens, bf16, " << c.gemm2_columns << " column tiles, " << c.gemm2_grid
        << " CTAs\n"
        << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller") << "\n"
        << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";

@@ -37,7 +37,6 @@ struct Config {
   int gemm1_grid;        // persistent CTAs
   int gemm2_grid;
   int gemm1_columns;  // column tiles of a row block
-  int early_experts;  // whose first weights gemm1 fetches before the route is known
   int gemm2_columns;
 };
 

@@ -36,32 +36,27 @@ const Driver& GetDriver() {
   return driver;
 }
 
-Status Encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, const void* data, const cuuint64_t* sizes,
-              const cuuint64_t* strides, const cuuint32_t* box, CUtensorMapSwizzle swizzle) {
+Status Encode(CUtensorMap* map, cuuint32_t rank, const void* data, const cuuint64_t* sizes, const cuuint64_t* strides,
+              const cuuint32_t* box) {
   const Driver& driver = GetDriver();
   if (!driver.status.ok()) return driver.status;
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result =
-      driver.encode(map, type, rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                    swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      driver.encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, const_cast<void*>(data), sizes, strides, box, steps,
+                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return {};
   std::string shape;
   for (cuuint32_t i = 0; i < rank; ++i) shape = std::to_string(sizes[i]) + (i ? " x " : "") + shape;
   return Status::Internal("cuTensorMapEncodeTiled: error " + std::to_string(int(result)) + " for " + shape);
 }
 
-Status Encode2d(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64_t columns, int64_t rows,
-                int64_t stride_bytes, int box_columns, int box_rows, CUtensorMapSwizzle swizzle) {
-  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride_bytes)};
-  const cuuint32_t box[2] = {cuuint32_t(box_columns), cuuint32_t(box_rows)};
-  return Encode(map, type, 2, data, sizes, strides, box, swizzle);
-}
-
 }  // namespace
 
 Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows) {
-  return Encode2d(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, data, columns, rows, columns, 128, box_rows,
-                  CU_TENSOR_MAP_SWIZZLE_128B);
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(columns)};
+  const cuuint32_t box[2] = {128, cuuint32_t(box_rows)};
+  return Encode(map, 2, data, sizes, strides, box);
 }
 
 Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t chunks, int64_t row_bytes,
@@ -69,13 +64,7 @@ Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t ch
   const cuuint64_t sizes[3] = {128, cuuint64_t(rows), cuuint64_t(chunks)};
   const cuuint64_t strides[2] = {cuuint64_t(row_bytes), cuuint64_t(chunk_bytes)};
   const cuuint32_t box[3] = {128, cuuint32_t(box_rows), cuuint32_t(box_chunks)};
-  return Encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
-}
-
-Status EncodeScales(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride,
-                    int box_columns) {
-  return Encode2d(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data, columns, rows, stride * 4, box_columns, 1,
-                  CU_TENSOR_MAP_SWIZZLE_NONE);
+  return Encode(map, 3, data, sizes, strides, box);
 }
 
 }  // namespace jax_moe::cuda

@@ -1,5 +1,5 @@
-// Tensor maps for TMA: arrays, boxes, 128-byte swizzle or none. Encoded on the host for every call from
-// the current pointers and passed by value, which is what stream capture needs.
+// Tensor maps for TMA: arrays and boxes of bytes, 128-byte swizzle. Encoded on the host for every call from the current
+// pointers and passed by value, which is what stream capture needs.
 #pragma once
 #include <cuda.h>
 
@@ -12,7 +12,5 @@ Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t col
 // uint8 [chunks][rows][128], rows and chunks so many bytes apart, in boxes of box_chunks x box_rows x 128, swizzled.
 Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t chunks, int64_t row_bytes,
                     int64_t chunk_bytes, int box_rows, int box_chunks);
-// float32 [rows, columns] with rows `stride` elements apart, boxes of 1 x box_columns.
-Status EncodeScales(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_columns);
 
 }  // namespace jax_moe::cuda

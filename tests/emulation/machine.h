@@ -24,10 +24,12 @@ struct CpAsync {
 struct WgmmaOp {
   float* d;
   uint64_t a, b;
+  int n;
   bool accumulate;
 };
 struct Accumulator {  // of the wgmmas in flight
   float* d;
+  int n;
   float value[64];  // what the thread will see
 };
 struct Wait {        // for reports

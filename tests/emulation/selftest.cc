@@ -206,7 +206,7 @@ std::string OverwrittenMbarrier() {
         const uint32_t barrier = smem_address(dynamic_shared_memory());
         if (threadIdx.x > 0) return;
         mbarrier_init(barrier, 1);
-        store_shared_u16(barrier + 2, 7);
+        store_shared_u32(barrier + 4, 7);
         mbarrier_arrive(barrier);
       },
       0);

@@ -81,7 +81,7 @@ void Multiply(const Parameters& p, Shared& shared) {
     if (kMistake != Mistake::kNoWgmmaFence) wgmma_fence();
     for (int i = 0; i < 4; ++i) {
       const int part = kMistake == Mistake::kOtherOrder && warp == 2 ? i ^ 1 : i;
-      wgmma_m64n128k32_e4m3(acc, a + 2 * part, b + 2 * part, i);
+      wgmma_m64k32_e4m3(acc, a + 2 * part, b + 2 * part, i);
     }
     if (kMistake != Mistake::kNoWgmmaCommit) wgmma_commit();
     register_fence(acc);

@@ -9,14 +9,17 @@
 namespace emulation {
 namespace {
 
-constexpr int kK = 32, kN = 128, kWarpRows = 16;
+constexpr int kK = 32, kMaxN = 128, kWarpRows = 16;
 constexpr uint32_t kInFlight = 0x7FBADBAD;  // NaN
 constexpr uint32_t kRegistersOfSm = 65536;
 
 struct Issued {
   uint64_t a, b;
+  int n;
   bool accumulate;
+  bool operator!=(const Issued& o) const { return a != o.a || b != o.b || n != o.n || accumulate != o.accumulate; }
 };
+Issued issued(const WgmmaOp& op) { return {op.a, op.b, op.n, op.accumulate}; }
 struct Warpgroup {
   std::vector<Issued> issued;  // by whichever warp was first
   size_t executed[4];          // of them, by each warp
@@ -44,35 +47,34 @@ const uint8_t* operand(uint64_t descriptor, int row, int piece, const char* name
   return views.async;
 }
 
-// d[16][128] (+)= A rows [16 warp_row ...] B^T
-void multiply(float (*d)[kN], uint64_t a, uint64_t b, bool accumulate, int warp_in_group) {
-  static float b_values[kK][kN];
+// d[16][n] (+)= A rows [16 warp_row ...] B^T
+void multiply(float (*d)[kMaxN], const WgmmaOp& op, int warp_in_group) {
+  static float b_values[kK][kMaxN];
   float a_values[kWarpRows][kK];
-  for (int n = 0; n < kN; ++n)
+  for (int n = 0; n < op.n; ++n)
     for (int piece = 0; piece < kK / 16; ++piece) {
-      const uint8_t* codes = operand(b, n, piece, "B");
+      const uint8_t* codes = operand(op.b, n, piece, "B");
       for (int k = 0; k < 16; ++k) b_values[piece * 16 + k][n] = from_e4m3(codes[k]);
     }
   for (int m = 0; m < kWarpRows; ++m)
     for (int piece = 0; piece < kK / 16; ++piece) {
-      const uint8_t* codes = operand(a, warp_in_group * kWarpRows + m, piece, "A");
+      const uint8_t* codes = operand(op.a, warp_in_group * kWarpRows + m, piece, "A");
       for (int k = 0; k < 16; ++k) a_values[m][piece * 16 + k] = from_e4m3(codes[k]);
     }
   for (int m = 0; m < kWarpRows; ++m) {
-    float sums[kN];
-    for (int n = 0; n < kN; ++n) sums[n] = 0.f;
+    float sums[kMaxN] = {};
     for (int k = 0; k < kK; ++k) {
       const float v = a_values[m][k];
-      for (int n = 0; n < kN; ++n) sums[n] += v * b_values[k][n];
+      for (int n = 0; n < op.n; ++n) sums[n] += v * b_values[k][n];
     }
-    for (int n = 0; n < kN; ++n) d[m][n] = accumulate ? d[m][n] + sums[n] : sums[n];
+    for (int n = 0; n < op.n; ++n) d[m][n] = op.accumulate ? d[m][n] + sums[n] : sums[n];
   }
 }
 
 // Operands may be read until the wait: says so of what was computed before.
 void touch(const WgmmaOp& op, int warp_in_group) {
   for (int piece = 0; piece < kK / 16; ++piece) {
-    for (int n = 0; n < kN; ++n) operand(op.b, n, piece, "B");
+    for (int n = 0; n < op.n; ++n) operand(op.b, n, piece, "B");
     for (int m = 0; m < kWarpRows; ++m) operand(op.a, warp_in_group * kWarpRows + m, piece, "A");
   }
 }
@@ -87,8 +89,7 @@ void check_lanes_agree(int first) {
     const Thread& t = thread(first + lane);
     bool same = t.wgmmas.size() == lane0.wgmmas.size() && t.accumulators.size() == lane0.accumulators.size();
     for (size_t i = 0; same && i < t.wgmmas.size(); ++i)
-      same = t.wgmmas[i].a == lane0.wgmmas[i].a && t.wgmmas[i].b == lane0.wgmmas[i].b &&
-             t.wgmmas[i].accumulate == lane0.wgmmas[i].accumulate;
+      same = !(issued(t.wgmmas[i]) != issued(lane0.wgmmas[i]));
     if (!same) fail("lanes 0 and %d of a warp have issued different wgmmas", lane);
   }
 }
@@ -98,28 +99,28 @@ void execute(const LanePayload*) {
   const int first = current->index / 32 * 32, warp_in_group = current->index / 32 % 4;
   check_lanes_agree(first);
   const Thread& lane0 = thread(first);
-  static float d[kWarpRows][kN];
+  static float d[kWarpRows][kMaxN];
   const size_t first_new = lane0.executed_wgmmas;
   for (size_t i = 0; i < first_new; ++i) touch(lane0.wgmmas[i], warp_in_group);
   for (size_t which = 0; which < lane0.accumulators.size(); ++which) {
+    const int count = lane0.accumulators[which].n / 2;
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 64; ++i)
+      for (int i = 0; i < count; ++i)
         d[fragment_row(lane, i)][fragment_column(lane, i)] = thread(first + lane).accumulators[which].value[i];
     for (size_t i = first_new; i < lane0.wgmmas.size(); ++i) {
       const WgmmaOp& op = lane0.wgmmas[i];
-      if (op.d == lane0.accumulators[which].d) multiply(d, op.a, op.b, op.accumulate, warp_in_group);
+      if (op.d == lane0.accumulators[which].d) multiply(d, op, warp_in_group);
     }
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 64; ++i)
+      for (int i = 0; i < count; ++i)
         thread(first + lane).accumulators[which].value[i] = d[fragment_row(lane, i)][fragment_column(lane, i)];
   }
   Warpgroup& group = warpgroups[current->index / 128];
   size_t& executed = group.executed[warp_in_group];
   for (size_t i = first_new; i < lane0.wgmmas.size(); ++i) {
     const WgmmaOp& op = lane0.wgmmas[i];
-    if (executed == group.issued.size()) group.issued.push_back({op.a, op.b, op.accumulate});
-    const Issued& other = group.issued[executed++];
-    if (other.a != op.a || other.b != op.b || other.accumulate != op.accumulate)
+    if (executed == group.issued.size()) group.issued.push_back(issued(op));
+    if (group.issued[executed++] != issued(op))
       fail("wgmma %d of this warp has other operands than in another warp of its warpgroup", int(executed - 1));
   }
   for (int lane = 0; lane < 32; ++lane) thread(first + lane).executed_wgmmas = lane0.wgmmas.size();
@@ -156,18 +157,22 @@ void finish_thread_wgmma(Thread& thread) {
 void fence_wgmma() { current->wgmma_fenced = true; }
 
 void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate) {
-  if (n != kN) fail("only wgmma with N = 128 is emulated");
+  if (n % 8 || n > kMaxN) fail("wgmma with N = %d is not emulated", n);
   if (!current->wgmma_fenced) fail("wgmma without a wgmma_fence() since its accumulators could last be accessed");
   Thread& t = *current;
   bool in_flight = false;
-  for (const Accumulator& other : t.accumulators) in_flight |= other.d == d;
+  for (const Accumulator& other : t.accumulators) {
+    in_flight |= other.d == d;
+    if (other.d == d && other.n != n) fail("wgmmas of N = %d and %d in flight on the same accumulators", other.n, n);
+  }
   if (!in_flight) {
     Accumulator& fresh = t.accumulators.emplace_back();
     fresh.d = d;
-    std::memcpy(fresh.value, d, sizeof fresh.value);
-    for (int i = 0; i < 64; ++i) d[i] = __uint_as_float(kInFlight);
+    fresh.n = n;
+    std::copy_n(d, n / 2, fresh.value);
+    for (int i = 0; i < n / 2; ++i) d[i] = __uint_as_float(kInFlight);
   }
-  t.wgmmas.push_back({d, a, b, accumulate != 0});
+  t.wgmmas.push_back({d, a, b, n, accumulate != 0});
   t.wgmmas_committed = false;
 }
 
@@ -181,7 +186,7 @@ void wait_wgmma() {
   if (!t.accumulators.empty() && !t.wgmmas_committed) fail("wgmma_wait() with a wgmma that was not committed");
   meet(Meeting::kWgmma, ~0u, {}, execute);
   for (const Accumulator& accumulator : t.accumulators)
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < accumulator.n / 2; ++i) {
       if (__float_as_uint(accumulator.d[i]) != kInFlight)
         fail("accumulator %d was written while its wgmma was in flight", i);
       accumulator.d[i] = accumulator.value[i];

@@ -1,6 +1,6 @@
 // What a math warpgroup does with its sums: activation and 1x128 or 1x32 requantisation to e4m3 (GEMM1), or bf16
 // (GEMM2). Everything before the one rounding is float32 in registers. Options are uniform branches here, outside the
-// hot loop.
+// hot loop. Tokens past the tile's are computed as they come in groups, and not stored.
 #pragma once
 #include "activation.cuh"
 #include "mx_scale.cuh"
@@ -15,38 +15,24 @@ struct LoraDelta {
   const int32_t* row_to_expanded;  // [T*K] permuted row -> slot
   int64_t stride;                  // M
 
-  // sums += delta at columns [column, + 128).
+  // sums += delta, the halves' columns from column[0] and column[1] on. kTurns: the up rows' and the gate rows' columns.
   template <Order kOrder>
-  DEVICE void add(const WarpgroupContext& wg, float (&sums)[64], int64_t column) const {
+  DEVICE void add(const WarpgroupContext& wg, float (&sums)[2][64], const int64_t (&column)[2], bool second) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = wg.fragment_row() + 8 * r;
-      if (row >= wg.rows) continue;
-      const uint16_t* from = delta + __ldcg(row_to_expanded + wg.row0 + row) * stride + column;
-      if constexpr (kOrder == Order::kEights) {
+    for (int j = 0; j < 16; ++j) {
+      if (8 * j >= wg.tokens) break;
 #pragma unroll
-        for (int group = 0; group < 4; ++group) {
-          const uint4 v = __ldg(reinterpret_cast<const uint4*>(from + 32 * group + 8 * wg.quad()));
-          const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+      for (int b = 0; b < 2; ++b) {
+        const int token = 8 * j + 2 * wg.quad() + b;
+        if (token >= wg.tokens) continue;
+        const uint16_t* from = delta + __ldcg(row_to_expanded + wg.row0 + token) * stride;
 #pragma unroll
-          for (int i = 0; i < 8; i += 2) {
-            sums[of_eights(group, i, r)] += bf16_lo(pairs[i / 2]);
-            sums[of_eights(group, i + 1, r)] += bf16_hi(pairs[i / 2]);
-          }
-        }
-      } else {
-#pragma unroll
-        for (int group = 0; group < 8; ++group) {
-          float* low = &sums[8 * group + 2 * r];
-          float* high = low + 4;
-          if constexpr (kOrder == Order::kFours) {
-            const uint2 v = __ldg(reinterpret_cast<const uint2*>(from + 16 * group + 4 * wg.quad()));
-            low[0] += bf16_lo(v.x), high[0] += bf16_hi(v.x), low[1] += bf16_lo(v.y), high[1] += bf16_hi(v.y);
-          } else {
-            const uint32_t a = __ldg(reinterpret_cast<const uint32_t*>(from + 16 * group + 2 * wg.quad()));
-            const uint32_t b = __ldg(reinterpret_cast<const uint32_t*>(from + 16 * group + 2 * wg.quad() + 8));
-            low[0] += bf16_lo(a), low[1] += bf16_hi(a), high[0] += bf16_lo(b), high[1] += bf16_hi(b);
-          }
+        for (int i = 0; i < 4; ++i) {
+          const int half = i / 2, v = i % 2;
+          if (half == 1 && !second) continue;
+          const int64_t at = kOrder == Order::kTurns ? column[v] + column_of<kOrder>(wg, half)
+                                                     : column[half] + column_of<kOrder>(wg, v);
+          sums[half][4 * j + 2 * v + b] += bf16_lo(__ldg(from + at));
         }
       }
     }
@@ -65,129 +51,167 @@ struct ActivationEpilogueOf {
   LoraDelta lora;
   bool shuffled;
 
-  static constexpr int kStagingBytes = kStagingTileBytes;
+  static constexpr int kScales = kMx ? 2 : 1;  // of a token, that this warpgroup's values need
+  struct Shared {
+    float inverse[kMathWarpgroups][kScales][kBlockM];
+  };
 
-  DEVICE void run(const WarpgroupContext& wg, float (&sums)[2][64], const Tile& tile) const {
+  DEVICE void run(WarpgroupContext& wg, Shared& shared, float (&sums)[2][64], const Tile& tile) const {
     if (shuffled)
-      run_as<true>(wg, sums, tile);
+      run_as<true>(wg, shared, sums, tile);
     else
-      run_as<false>(wg, sums, tile);
+      run_as<false>(wg, shared, sums, tile);
   }
 
  private:
-  // Gated: sums[0] up, sums[1] gate of columns [128 n, + 128). Else: columns [256 n, + 256).
+  // Gated: up and gate of columns [128 n, + 128). Else: columns [256 n, + 256).
   template <bool kShuffled>
-  DEVICE void run_as(const WarpgroupContext& wg, float (&sums)[2][64], const Tile& tile) const {
+  DEVICE void run_as(const WarpgroupContext& wg, Shared& shared, float (&sums)[2][64], const Tile& tile) const {
     with_activation(activation, tile.expert, [&](const auto& function) {
       constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
-      constexpr Order kOrder = !kShuffled ? Order::kPlain : kMx && !kGated ? Order::kEights : Order::kFours;
-      if constexpr (kMx && kShuffled && kGated) part_turns(sums);
+      constexpr Order kOrder = !kShuffled  ? Order::kPlain
+                               : !kMx      ? Order::kFours
+                               : kGated    ? Order::kTurns
+                                           : Order::kEights;
       const int64_t column = int64_t(tile.column) * (kGated ? 128 : 256);
       const bool second = kGated || column + 128 < intermediate;  // half of the last tile may be outside
-      if (lora.delta) {
-        lora.add<kOrder>(wg, sums[0], column);
-        if (second) lora.add<kOrder>(wg, sums[1], column + (kGated ? intermediate : 128));
-      }
+      if (lora.delta) lora.add<kOrder>(wg, sums, {column, column + (kGated ? intermediate : 128)}, second);
       if constexpr (kGated) {
-#pragma unroll
-        for (int i = 0; i < 64; ++i) sums[0][i] = function(sums[1][i], sums[0][i]);
-        requantise<kOrder>(wg, sums[0], column);
+        activate<kOrder>(function, wg, sums);
+        requantise<kOrder>(wg, shared, sums[0], column);
       } else {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (half == 1 && !second) return;
 #pragma unroll
           for (int i = 0; i < 64; ++i) sums[half][i] = function(sums[half][i]);
-          requantise<kOrder>(wg, sums[half], column + 128 * half);
+          requantise<kOrder>(wg, shared, sums[half], column + 128 * half);
         }
       }
     });
   }
 
-  // Shuffled gated weights of MxFp8: a tile's 256 columns are of eights, up and gate by turns. To sums[0] up, sums[1]
-  // gate, both of fours: what a thread has of 32 columns is its four of 16 in either.
-  static DEVICE void part_turns(float (&sums)[2][64]) {
-    float parted[2][64];
+  // sums[0] = the activation of up and gate: sums[0] and sums[1], or by turns v = 0 and 1 of each.
+  template <Order kOrder, class Function>
+  static DEVICE void activate(const Function& function, const WarpgroupContext& wg, float (&sums)[2][64]) {
 #pragma unroll
-    for (int group = 0; group < 8; ++group) {
+    for (int j = 0; j < 16; ++j) {
+      if (8 * j >= wg.tokens) break;
+      if constexpr (kOrder == Order::kTurns) {
+        float a[2][2];  // of a half, a token
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
+        for (int i = 0; i < 4; ++i) a[i / 2][i % 2] = function(sums[i / 2][4 * j + 2 + i % 2], sums[i / 2][4 * j + i % 2]);
 #pragma unroll
-        for (int i = 0; i < 8; ++i)  // fragment<Order::kFours> has its values at 0, 4, 1, 5
-          parted[i % 2][8 * group + 2 * r + i / 2 % 2 * 4 + i / 4] = sums[group / 4][of_eights(group % 4, i, r)];
+        for (int i = 0; i < 4; ++i) sums[0][4 * j + i] = a[i / 2][i % 2];
+      } else {
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; ++i) sums[0][i] = function(sums[1][i], sums[0][i]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < 128; ++i) sums[i / 64][i % 64] = parted[i / 64][i % 64];
   }
 
-  // Stores 128 columns of activations from `column` on.
+  // The largest magnitudes of a token in a warp's rows, staged as [v][warp][token]; v of kTurns only.
+  static DEVICE uint32_t magnitude_at(uint32_t staging, int v, int warp, int token) {
+    return staging + ((v * 4 + warp) * kBlockM + token) * 4;
+  }
+
+  // Of this warp's 16 rows. What each thread has of 16 tokens, four values, is reduced over the eight lanes of a quad
+  // that have the same tokens; in the end each has one token.
   template <Order kOrder>
-  DEVICE void requantise(const WarpgroupContext& wg, const float (&a)[64], int64_t column) const {
-    constexpr int kScales = kMx ? kMxScales : 1, kPerScale = 64 / kScales;
-    float inverse[2][kScales];  // of fragment_row and + 8
+  static DEVICE void stage_magnitudes(const WarpgroupContext& wg, const float (&a)[64]) {
+    const int lane = wg.lane();
+    const bool upper = lane & 16, odd = lane & 8;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float scale = 0.f;
-      uint32_t word = 0;
+    for (int v = 0; v < (kOrder == Order::kTurns ? 2 : 1); ++v) {
+#pragma unroll
+      for (int group = 0; group < 8; ++group) {
+        if (16 * group >= wg.tokens) break;
+        float m[4];  // of tokens 16 group + 8 (i / 2) + 2 quad + i % 2
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* of_token = &a[8 * group + 4 * (i / 2) + i % 2];
+          m[i] = kOrder == Order::kTurns ? fabsf(of_token[2 * v]) : fmaxf(fabsf(of_token[0]), fabsf(of_token[2]));
+        }
+        float kept[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          kept[i] = fmaxf(upper ? m[2 + i] : m[i], __shfl_xor_sync(~0u, upper ? m[i] : m[2 + i], 16));
+        float last = fmaxf(odd ? kept[1] : kept[0], __shfl_xor_sync(~0u, odd ? kept[0] : kept[1], 8));
+        last = fmaxf(last, __shfl_xor_sync(~0u, last, 4));
+        if (!(lane & 4))
+          store_shared_f32(
+              magnitude_at(wg.staging, v, wg.warp(), 16 * group + (upper ? 8 : 0) + 2 * wg.quad() + (odd ? 1 : 0)), last);
+      }
+    }
+  }
+
+  // By a thread a token: its scales, to memory, and their inverses.
+  template <Order kOrder>
+  DEVICE void make_scales(const WarpgroupContext& wg, Shared& shared, int64_t column) const {
+    const int token = wg.thread;
+    if (token >= wg.tokens) return;
+    float* scale_of = h_scale + column / 128 * scale_stride + wg.row0 + token;
+    if constexpr (kMx) {
 #pragma unroll
       for (int s = 0; s < kScales; ++s) {
         float amax = 0.f;
 #pragma unroll
-        for (int i = 0; i < kPerScale; ++i)
-          if (i / 2 % 2 == r) amax = fmaxf(amax, fabsf(a[s * kPerScale + i]));
-        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
-        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
-        if constexpr (kMx) {
-          const uint32_t byte = mx_block_scale(amax);
-          inverse[r][s] = mx_inverse(byte);
-          word |= byte << 8 * s;
-        } else {
-          scale = block_scale(amax);
-          inverse[r][s] = 1.f / scale;
-        }
-      }
-      const int row = wg.fragment_row() + 8 * r;
-      if (wg.quad() == 0 && row < wg.rows)
-        h_scale[column / 128 * scale_stride + wg.row0 + row] = kMx ? __uint_as_float(word) : scale;
-    }
-    wg.sync();  // rows staged before have been read
-    if constexpr (kOrder == Order::kEights) {
-#pragma unroll
-      for (int group = 0; group < 4; ++group) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          uint32_t pairs[4];
-#pragma unroll
-          for (int i = 0; i < 8; i += 2)
-            pairs[i / 2] = to_e4m3x2(a[of_eights(group, i, r)] * inverse[r][group * kScales / 4],
-                                     a[of_eights(group, i + 1, r)] * inverse[r][group * kScales / 4]);
-          const int piece = 2 * group + wg.quad() / 2;
-          store_shared_v2(WarpgroupContext::swizzled(wg.staging, wg.fragment_row() + 8 * r, piece) + wg.quad() % 2 * 8,
-                          make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16));
-        }
+        for (int w = 0; w < (kOrder == Order::kTurns ? 4 : 2); ++w)
+          amax = fmaxf(amax, load_shared_f32(kOrder == Order::kTurns ? magnitude_at(wg.staging, s, w, token)
+                                                                     : magnitude_at(wg.staging, 0, 2 * s + w, token)));
+        const uint32_t byte = mx_block_scale(amax);
+        shared.inverse[wg.index][s][token] = mx_inverse(byte);
+        reinterpret_cast<uint8_t*>(scale_of)[kOrder == Order::kTurns ? 2 * s + wg.index : 2 * wg.index + s] =
+            uint8_t(byte);
       }
     } else {
+      float amax = 0.f;
+      const uint32_t first = wg.staging - wg.index * kStagingBytes;
 #pragma unroll
-      for (int group = 0; group < 8; ++group) {
+      for (int w = 0; w < 4 * kMathWarpgroups; ++w)
+        amax = fmaxf(amax, load_shared_f32(magnitude_at(first + w / 4 * kStagingBytes, 0, w % 4, token)));
+      const float scale = block_scale(amax);
+      shared.inverse[wg.index][0][token] = 1.f / scale;
+      if (wg.index == 0) *scale_of = scale;
+    }
+  }
+
+  // Stores 128 columns of activations from `column` on, with the other warpgroup.
+  template <Order kOrder>
+  DEVICE void requantise(const WarpgroupContext& wg, Shared& shared, const float (&a)[64], int64_t column) const {
+    wg.sync();  // what was staged before has been read
+    stage_magnitudes<kOrder>(wg, a);
+    // Both warpgroups have 64 of the 128 values that share a scale; of 32 all are in one.
+    kMx ? wg.sync() : wg.sync_both();
+    make_scales<kOrder>(wg, shared, column);
+    kMx ? wg.sync() : wg.sync_both();
+    const StagedCodes staged{wg.staging};
+    const float* inverse[2];  // of v
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float4 v = fragment<kOrder>(a, group, r);
-          const float factor = inverse[r][group * kScales / 8];
-          const uint16_t low = to_e4m3x2(v.x * factor, v.y * factor);
-          const uint16_t high = to_e4m3x2(v.z * factor, v.w * factor);
-          const uint32_t at = WarpgroupContext::swizzled(wg.staging, wg.fragment_row() + 8 * r, group);
-          if constexpr (kOrder == Order::kFours) {
-            store_shared_u32(at + 4 * wg.quad(), low | uint32_t(high) << 16);
-          } else {
-            store_shared_u16(at + 2 * wg.quad(), low);
-            store_shared_u16(at + 2 * wg.quad() + 8, high);
-          }
-        }
+    for (int v = 0; v < 2; ++v)
+      inverse[v] = shared.inverse[wg.index][!kMx ? 0 : kOrder == Order::kTurns ? v : wg.warp() / 2] + 2 * wg.quad();
+#pragma unroll
+    for (int group = 0; group < 4; ++group) {
+      if (32 * group >= wg.tokens) break;
+      uint32_t units[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int j = 4 * group + i;
+        const float2 low = load_shared_f32x2(smem_address(inverse[0] + 8 * j));
+        const float2 high = kOrder == Order::kTurns ? load_shared_f32x2(smem_address(inverse[1] + 8 * j)) : low;
+        units[i] = to_e4m3x2(a[4 * j] * low.x, a[4 * j + 2] * high.x) |
+                   uint32_t(to_e4m3x2(a[4 * j + 1] * low.y, a[4 * j + 3] * high.y)) << 16;
       }
+      staged.put(wg, 32 * group, units);
     }
     wg.sync();
-    wg.store_rows(wg.staging, h + wg.row0 * intermediate + column, intermediate);
+    const int piece = wg.thread % 4;
+    uint8_t* to = h + wg.row0 * intermediate + column + StagedCodes::first_column<kOrder>(wg, piece);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = 32 * i + wg.thread / 4;
+      if (token < wg.tokens) *reinterpret_cast<uint4*>(to + token * intermediate) = staged.get<kOrder>(token, piece);
+    }
   }
 };
 using ActivationEpilogue = ActivationEpilogueOf<false>;
@@ -200,59 +224,45 @@ struct Bf16EpilogueOf {
   int64_t hidden;  // H
   bool shuffled;
 
-  static constexpr int kStagingBytes = 2 * kStagingTileBytes;
+  struct Shared {};
 
-  DEVICE void run(const WarpgroupContext& wg, float (&sums)[2][64], const Tile& tile) const {
-#pragma unroll
-    for (int chunk = 0; chunk < 4; ++chunk) {  // 64 columns = 128 bytes a row
-      const int64_t first = int64_t(tile.column) * 256 + chunk * 64;
-      if (first >= hidden) return;  // the second half of the last tile when H is an odd multiple of 128
-      // Two buffers: the barrier below has every thread past its reads of the buffer before last.
-      const uint32_t buffer = wg.staging + chunk % 2 * kStagingTileBytes;
-      if (shuffled && kShuffledOrder == Order::kFours)
-        stage_fours(wg, sums[chunk / 2], chunk % 2 * 4, buffer);
-      else if (shuffled)
-        stage_eights(wg, sums[chunk / 2], chunk % 2 * 2, buffer);
-      else
-        stage(wg, &sums[chunk / 2][chunk % 2 * 32], buffer);
-      wg.sync();
-      wg.store_rows(buffer, reinterpret_cast<uint8_t*>(y2 + wg.row0 * hidden + first), hidden * 2);
-    }
+  DEVICE void run(WarpgroupContext& wg, Shared&, float (&sums)[2][64], const Tile& tile) const {
+    if (shuffled)
+      run_as<kShuffledOrder>(wg, sums, tile);
+    else
+      run_as<Order::kPlain>(wg, sums, tile);
   }
 
  private:
-  static DEVICE void stage(const WarpgroupContext& wg, const float* s, uint32_t buffer) {
+  static constexpr int kChunkTokens = 32;
+  static constexpr int kBufferBytes = kChunkTokens * kWarpgroupRows * 2;  // the staging memory is two of them
+
+  template <Order kOrder>
+  DEVICE void run_as(const WarpgroupContext& wg, const float (&sums)[2][64], const Tile& tile) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = wg.warp() * 16 + wg.lane() % 16, piece = 2 * i + wg.lane() / 16;
-      store_matrix_x4(WarpgroupContext::swizzled(buffer, row, piece), to_bf16x2(s[8 * i], s[8 * i + 1]),
-                      to_bf16x2(s[8 * i + 2], s[8 * i + 3]), to_bf16x2(s[8 * i + 4], s[8 * i + 5]),
-                      to_bf16x2(s[8 * i + 6], s[8 * i + 7]));
-    }
-  }
-  static DEVICE void stage_fours(const WarpgroupContext& wg, const float (&sums)[64], int first, uint32_t buffer) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t first = int64_t(tile.column) * 256 + half * kHalfRows;
+      if (first >= hidden) return;  // the second half of the last tile when H is an odd multiple of 128
+      const int piece = wg.thread % 8;
+      uint16_t* to = y2 + wg.row0 * hidden + first + wg.index * kWarpgroupRows + 8 * piece;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+      for (int chunk = 0; chunk < kBlockM / kChunkTokens; ++chunk) {
+        if (chunk * kChunkTokens >= wg.tokens) break;
+        const StagedBf16 staged{wg.staging + chunk % 2 * kBufferBytes};
+        // Of two buffers; where the last one was of the same parity, its readers are waited for.
+        if (chunk == 0) wg.sync();
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float4 v = fragment<Order::kFours>(sums, first + i, r);
-        const uint32_t at =
-            WarpgroupContext::swizzled(buffer, wg.fragment_row() + 8 * r, 2 * i + wg.quad() / 2) + wg.quad() % 2 * 8;
-        store_shared_v2(at, make_uint2(to_bf16x2(v.x, v.y), to_bf16x2(v.z, v.w)));
-      }
-    }
-  }
-  static DEVICE void stage_eights(const WarpgroupContext& wg, const float (&sums)[64], int first, uint32_t buffer) {
+        for (int i = 0; i < 2; ++i) {
+          const float* s = &sums[half][16 * chunk + 8 * i];
+          staged.put(wg, 16 * i, {{to_bf16x2(s[0], s[1]), to_bf16x2(s[2], s[3])}, {to_bf16x2(s[4], s[5]), to_bf16x2(s[6], s[7])}});
+        }
+        wg.sync();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        uint32_t pairs[4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-          pairs[n] = to_bf16x2(sums[of_eights(first + i, 2 * n, r)], sums[of_eights(first + i, 2 * n + 1, r)]);
-        store_shared_v4(WarpgroupContext::swizzled(buffer, wg.fragment_row() + 8 * r, 4 * i + wg.quad()),
-                        make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+        for (int i = 0; i < 2; ++i) {
+          const int token = 16 * i + wg.thread / 8, of_tile = chunk * kChunkTokens + token;
+          if (of_tile < wg.tokens)
+            *reinterpret_cast<uint4*>(to + of_tile * hidden) = staged.get<kOrder>(token, piece);
+        }
       }
     }
   }

@@ -68,10 +68,6 @@ DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
-// As tma_load_2d, but only as far as L2.
-DEVICE void tma_prefetch_2d(const CUtensorMap* map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
 // `bytes` neighbours; addresses and sizes are multiples of 16.
 DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
@@ -106,6 +102,16 @@ DEVICE float load_shared_f32(uint32_t smem) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(smem) : "memory");
   return v;
 }
+DEVICE uint32_t load_shared_u32(uint32_t smem) { return __float_as_uint(load_shared_f32(smem)); }
+DEVICE float2 load_shared_f32x2(uint32_t smem) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem) : "memory");
+  return v;
+}
+DEVICE uint2 load_shared_v2(uint32_t smem) {
+  const float2 v = load_shared_f32x2(smem);
+  return make_uint2(__float_as_uint(v.x), __float_as_uint(v.y));
+}
 DEVICE uint4 load_shared_v4(uint32_t smem) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -113,9 +119,6 @@ DEVICE uint4 load_shared_v4(uint32_t smem) {
                : "r"(smem)
                : "memory");
   return v;
-}
-DEVICE void store_shared_u16(uint32_t smem, uint16_t v) {
-  asm volatile("st.shared.u16 [%0], %1;" ::"r"(smem), "h"(v) : "memory");
 }
 DEVICE void store_shared_u32(uint32_t smem, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(v) : "memory");
@@ -127,9 +130,11 @@ DEVICE void store_shared_v4(uint32_t smem, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
-// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
-DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b), "r"(c),
+DEVICE void store_shared_f32(uint32_t smem, float v) { store_shared_u32(smem, __float_as_uint(v)); }
+// Four 8x8 matrices of 16-bit elements, transposed: lane i gives the 16-byte aligned address of column i % 8 of matrix
+// i / 8, and holds of each matrix columns 2 (i % 4) and 2 (i % 4) + 1 (in the high half) of row i / 4.
+DEVICE void store_transposed_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b), "r"(c),
                "r"(d)
                : "memory");
 }

@@ -1,7 +1,7 @@
 // Which tile of a grouped GEMM a CTA computes next. Tiles are numbered group by group (up to 16 row blocks of one
-// expert), inside a group by weight column tile, then by row block: CTAs that run together share weight tiles in L2.
-// Persistent CTAs take tiles blockIdx.x, blockIdx.x + gridDim.x, ... One thread looks them up, ahead of their use; the
-// others read them from a queue in shared memory.
+// expert), inside a group by weight column tile, then by row block: CTAs that run together share weight tiles in L2. The
+// first tile of a CTA is its own number, the others it draws one after the other, late: tiles that are neighbours start
+// together however long those before took. The thread that feeds weights draws; the others read a queue in shared memory.
 #pragma once
 #include "../../workspace.h"
 #include "pipeline.cuh"
@@ -10,7 +10,7 @@ namespace jax_moe::cuda {
 
 struct alignas(16) Tile {
   int row0;    // first permuted row
-  int rows;    // 1..kBlockM; 0: there are no more tiles
+  int rows;    // of tokens, 1..kBlockM; 0: there are no more tiles
   int expert;  // local expert
   int column;  // column tile
 };
@@ -19,22 +19,10 @@ struct alignas(16) Tile {
 struct TileSchedule {
   const MBlock* m_blocks;  // [*num_m_blocks]
   const int32_t* num_m_blocks;
+  int32_t* drawn;   // tiles drawn so far; 0 before the kernel, and after it
   int num_columns;  // column tiles of a row block
 
-  DEVICE int num_tiles() const { return __ldcg(num_m_blocks) * num_columns; }
-
-  // Every block of a group knows where the group begins, so tile -> group needs no search.
-  DEVICE Tile tile(int index, int num_tiles) const {
-    if (index >= num_tiles) return {0, 0, 0, 0};
-    const MBlock first = load(index / num_columns);
-    const int in_group = index - first.group_begin * num_columns;
-    const int column = in_group / first.group_size;
-    const MBlock block = load(first.group_begin + in_group - column * first.group_size);
-    return {block.row0, block.rows, block.expert, column};
-  }
-
- private:
-  DEVICE MBlock load(int i) const {
+  DEVICE MBlock block(int i) const {
     const int4 v = __ldcg(reinterpret_cast<const int4*>(m_blocks) + i);
     return {v.x, v.y, v.z, static_cast<int16_t>(v.w & 0xFFFF), static_cast<int16_t>(v.w >> 16)};
   }
@@ -59,13 +47,6 @@ class TileReader {
     at_.advance();
     return tile;
   }
-  // By the one thread of a warp that is there.
-  DEVICE Tile next_alone(TileQueue& queue) {
-    const Tile tile = read(queue);
-    queue.barriers.release(at_);
-    at_.advance();
-    return tile;
-  }
 
  private:
   DEVICE Tile read(TileQueue& queue) {
@@ -80,25 +61,59 @@ class TileReader {
 class TileTeller {
  public:
   DEVICE explicit TileTeller(const TileSchedule& schedule)
-      : schedule_(schedule), num_tiles_(schedule.num_tiles()), index_(blockIdx.x) {}
+      : schedule_(schedule), num_tiles_(__ldcg(schedule.num_m_blocks) * schedule.num_columns), index_(blockIdx.x) {}
 
-  // Tells the next tile; returns whether there was one.
-  DEVICE bool tell(TileQueue& queue) {
-    if (done_) return false;
-    const Tile tile = schedule_.tile(index_, num_tiles_);
-    done_ = tile.rows == 0;
-    queue.barriers.wait_empty(at_);
-    *reinterpret_cast<int4*>(&queue.tiles[at_.stage()]) = make_int4(tile.row0, tile.rows, tile.expert, tile.column);
-    mbarrier_arrive(queue.barriers.full_address(at_.stage()));
-    at_.advance();
-    index_ += gridDim.x;
-    return !done_;
+  // The first tile, told.
+  DEVICE Tile first(TileQueue& queue) {
+    for (int step = kFind; step < kSteps; ++step) run(queue, step);
+    return tile_;
+  }
+  // One of the calls that lead to the next tile, before each K block of a tile: each uses what the one before has asked
+  // memory for a K block or two earlier. `left`: K blocks after this one.
+  DEVICE void advance(TileQueue& queue, int left) {
+    for (; step_ < kSteps && left <= 2 * (kSteps - 1 - step_) + 1; ++step_) run(queue, step_);
+  }
+  // After the last K block: the next tile.
+  DEVICE Tile next() {
+    step_ = kDraw;
+    return tile_;
   }
 
  private:
+  enum Step { kDraw, kFind, kPlace, kTell, kSteps };
+
+  DEVICE void run(TileQueue& queue, int step) {
+    if (step == kDraw) {
+      drawn_ = atomicAdd(schedule_.drawn, 1);
+    } else if (step == kFind) {
+      if (drawn_ >= 0) index_ = int(gridDim.x) + drawn_;
+      // Every block of a group knows where the group begins, so tile -> group needs no search.
+      if (index_ < num_tiles_) block_ = schedule_.block(index_ / schedule_.num_columns);
+      // As many are drawn as there are tiles: by every CTA until there is none for it.
+      if (drawn_ == num_tiles_ - 1) atomicExch(schedule_.drawn, 0);
+    } else if (index_ >= num_tiles_) {
+      tile_ = {0, 0, 0, 0};
+    } else if (step == kPlace) {
+      const int in_group = index_ - block_.group_begin * schedule_.num_columns;
+      tile_.column = in_group / block_.group_size;
+      block_ = schedule_.block(block_.group_begin + in_group - tile_.column * block_.group_size);
+    } else {
+      tile_ = {block_.row0, block_.rows, block_.expert, tile_.column};
+    }
+    if (step == kTell) {
+      queue.barriers.wait_empty(at_);
+      *reinterpret_cast<int4*>(&queue.tiles[at_.stage()]) =
+          make_int4(tile_.row0, tile_.rows, tile_.expert, tile_.column);
+      mbarrier_arrive(queue.barriers.full_address(at_.stage()));
+      at_.advance();
+    }
+  }
+
   const TileSchedule& schedule_;
   int num_tiles_, index_;
-  bool done_ = false;
+  int drawn_ = -1, step_ = kDraw;
+  MBlock block_{};
+  Tile tile_{};
   PipelineCursor<kTileQueue> at_;
 };
 

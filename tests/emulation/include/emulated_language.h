@@ -183,6 +183,16 @@ inline float __fdividef(float x, float y) {
   const float magnitude = std::fabs(y);
   return magnitude > 0x1p126f && std::isfinite(y) ? x * 0.f : x / y;
 }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned which = selector >> 4 * i & 15;
+    if (which > 7) emulation::fail("__byte_perm: selector %#x copies signs, which is not emulated", selector);
+    result |= unsigned(bytes >> 8 * which & 255) << 8 * i;
+  }
+  return result;
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }

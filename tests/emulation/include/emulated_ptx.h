@@ -28,7 +28,7 @@ void queue_cp_async_arrival(uint32_t barrier);
 void commit_cp_async();
 void wait_cp_async(int pending);
 // warp_matrix.cc
-void store_matrix(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
+void store_transposed(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
 void load_matrix(uint32_t (&r)[4], uint32_t smem);
 void multiply_f16(float (&d)[4], const LanePayload& operands);
 void decode_e4m3x4(uint32_t codes, uint32_t& lo, uint32_t& hi);
@@ -59,7 +59,6 @@ DEVICE void prefetch_tensor_map(const CUtensorMap* map) { emulation::check_tenso
 DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   emulation::queue_tensor_load(smem, map, 2, x, y, 0, barrier);
 }
-DEVICE void tma_prefetch_2d(const CUtensorMap* map, int, int) { emulation::check_tensor_map(map); }
 DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
   emulation::queue_tensor_load(smem, map, 3, x, y, z, barrier);
 }
@@ -84,13 +83,16 @@ DEVICE T load_shared(uint32_t smem) {
   return v;
 }
 DEVICE float load_shared_f32(uint32_t smem) { return load_shared<float>(smem); }
+DEVICE float2 load_shared_f32x2(uint32_t smem) { return load_shared<float2>(smem); }
+DEVICE uint32_t load_shared_u32(uint32_t smem) { return load_shared<uint32_t>(smem); }
+DEVICE uint2 load_shared_v2(uint32_t smem) { return load_shared<uint2>(smem); }
 DEVICE uint4 load_shared_v4(uint32_t smem) { return load_shared<uint4>(smem); }
-DEVICE void store_shared_u16(uint32_t smem, uint16_t v) { emulation::write_shared(smem, &v, sizeof v); }
+DEVICE void store_shared_f32(uint32_t smem, float v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_shared_u32(uint32_t smem, uint32_t v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_shared_v2(uint32_t smem, uint2 v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_shared_v4(uint32_t smem, uint4 v) { emulation::write_shared(smem, &v, sizeof v); }
-DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  emulation::store_matrix(smem, a, b, c, d);
+DEVICE void store_transposed_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  emulation::store_transposed(smem, a, b, c, d);
 }
 DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t smem) { emulation::load_matrix(r, smem); }
 DEVICE void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -124,8 +126,10 @@ DEVICE void wgmma_wait() { emulation::wait_wgmma(); }
 DEVICE void hide(int&) {}
 template <int kCount>
 DEVICE void register_fence(float (&)[kCount]) {}
-DEVICE void wgmma_m64n128k32_e4m3(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-  emulation::issue_wgmma(d, 128, a, b, accumulate);
+template <int kCount>
+DEVICE void wgmma_m64k32_e4m3(float (&d)[kCount], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(kCount % 8 == 0 && kCount <= 64);
+  emulation::issue_wgmma(d, 2 * kCount, a, b, accumulate);
 }
 
 }  // namespace jax_moe::cuda

@@ -1,0 +1,70 @@
+// What the grouped GEMMs are told of their weights and of the tokens' scales, and how producer threads read those of a
+// tile.
+#pragma once
+#include "scheduler.cuh"
+
+namespace jax_moe::cuda {
+
+inline constexpr int kBlockK = 128;  // bytes of K a stage: one swizzle row and one scale group
+
+// The scales of tokens: element (block, row) at block * block_stride + row * row_stride. MxFp8: words of four.
+struct TokenScales {
+  const float* scale;
+  int64_t block_stride, row_stride;
+};
+
+// What both GEMMs are told. A tile's two halves are 128 weight rows each, from column * column_step on and half_step
+// rows later. Box (row, k) of an expert begins at element (k * k_columns, expert * expert_stride + k * k_stride + row)
+// of the weights: MajorK steps along its rows, BlockMajorK from one [rows, 128] matrix to the next.
+struct GemmShape {
+  const float* b_scale;  // [L * rows_per_expert / 128, k_blocks]
+  int rows_per_expert;   // M or H
+  int column_step;       // 128 (gate and up side by side) or 256
+  int half_step;         // I or 128
+  int k_blocks;          // K / 128
+  int expert_stride;     // rows_per_expert, or k_blocks times that
+  int k_stride;          // 0, or rows_per_expert
+  int k_columns;         // 128, or 0
+};
+
+// First weight row of a half, in its expert. NOTE: the second half of the last tile is outside the expert when
+// rows_per_expert is an odd multiple of 128; it repeats the first half and its sums are not stored.
+DEVICE int b_row(const GemmShape& shape, const Tile& tile, int half) {
+  const int row = tile.column * shape.column_step + half * shape.half_step;
+  return row < shape.rows_per_expert ? row : tile.column * shape.column_step;
+}
+
+// What each of some producer threads has to do for the scales of a stage: those of kTokens tokens, kThreads apart. Read
+// two K blocks ahead: a load from L2 takes about as long as one.
+template <int kTokens, int kThreads>
+class TokenScaleReader {
+ public:
+  DEVICE TokenScaleReader(const TokenScales& scales, int thread) : scales_(scales), thread_(thread) {}
+
+  DEVICE int token(int i) const { return thread_ + i * kThreads; }
+  // source(token) is a token's row.
+  template <class Source>
+  DEVICE void begin(const Tile& tile, int k_blocks, const Source& source) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      at_[i] = scales_.scale + source(min(token(i), tile.rows - 1)) * scales_.row_stride;
+      now_[i] = __ldcg(at_[i]);
+      next_[i] = k_blocks > 1 ? __ldcg(at_[i] + scales_.block_stride) : 0.f;
+    }
+  }
+  // The scale of block k; asks for that of block k + 2.
+  DEVICE float take(int i, int k, int k_blocks) {
+    const float scale = now_[i];
+    now_[i] = next_[i];
+    if (k + 2 < k_blocks) next_[i] = __ldcg(at_[i] + (k + 2) * scales_.block_stride);
+    return scale;
+  }
+
+ private:
+  const TokenScales& scales_;
+  const float* at_[kTokens];
+  float now_[kTokens], next_[kTokens];
+  int thread_;
+};
+
+}  // namespace jax_moe::cuda
