@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a Hopper GPU: build or install, tests, compute-sanitizer, demo, benchmarks, ncu. Each step has a
 # time limit of its own and leaves its log in OUT, whatever happens to the others. A short table comes last.
-#   benchmarks/gpu_suite.sh OUT [--wheel FILE] [build|tests|sanitize|demo|bench|variants|ncu ...]      (default: all)
-# BENCH_ARGS go to `jax-moe bench`, VARIANT_ARGS to variants.py, TEST_ARGS to pytest, SANITIZE_CASES to
-# tests/gpu/sanitize.py, PYTHON names the Python.
+#   benchmarks/gpu_suite.sh OUT [--wheel FILE] [build|tests|sanitize|demo|bench|variants|sweeps|ncu ...]  (default: all)
+# BENCH_ARGS go to `jax-moe bench`, VARIANT_ARGS to variants.py, SWEEP_ARGS to sweeps.py, TEST_ARGS to pytest,
+# SANITIZE_CASES to tests/gpu/sanitize.py, PYTHON names the Python.
 set -uo pipefail
 
 (($# >= 1)) || { sed -n '2,6p' "$0"; exit 2; }
@@ -17,12 +17,13 @@ if [[ "${1:-}" == --wheel ]]; then
   shift 2
 fi
 steps=("$@")
-((${#steps[@]})) || steps=(build tests sanitize demo bench variants ncu)
+((${#steps[@]})) || steps=(build tests sanitize demo bench variants sweeps ncu)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python="${PYTHON:-python3}"
 # Words as the shell has them, so that an argument may be quoted.
-eval "bench_args=(${BENCH_ARGS:-}) variant_args=(${VARIANT_ARGS:-}) test_args=(${TEST_ARGS:-}) cases=(${SANITIZE_CASES:-})"
+eval "bench_args=(${BENCH_ARGS:-}) variant_args=(${VARIANT_ARGS:-}) sweep_args=(${SWEEP_ARGS:-})"
+eval "test_args=(${TEST_ARGS:-}) cases=(${SANITIZE_CASES:-})"
 # JAX would otherwise take most of the GPU's memory at its start, and torch works in the same processes.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
 rows=()
@@ -80,6 +81,10 @@ step_variants() {
   attempt variants 300 "$python" benchmarks/variants.py --json "$out/variants.json" "${variant_args[@]}"
 }
 
+step_sweeps() {
+  attempt sweeps 300 "$python" benchmarks/sweeps.py --json "$out/sweeps.json" "${sweep_args[@]}"
+}
+
 # DRAM throughput and tensor pipe of the two GEMM kernels, of one small and one large cell.
 step_ncu() {
   local metrics="gpu__time_duration.sum,dram__bytes_read.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed"
@@ -95,7 +100,7 @@ step_ncu() {
 
 for step in "${steps[@]}"; do
   if ! declare -F "step_$step" >/dev/null; then
-    echo "gpu_suite.sh: step must be one of build tests sanitize demo bench variants ncu, got $step" >&2
+    echo "gpu_suite.sh: step must be one of build tests sanitize demo bench variants sweeps ncu, got $step" >&2
     exit 2
   fi
 done

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from jax_moe.bench.machine import open_device
-from jax_moe.bench.paths import Data, torch_calls
+from jax_moe.bench.paths import Data, routed_tokens, torch_calls, whole_layer
 from jax_moe.bench.workload import Cell, draw_routings, parse_shape
 
 
@@ -22,13 +22,8 @@ def main() -> None:
     options = parser.parse_args()
     device = open_device(options.device)
     cell = Cell(parse_shape(options.shape), options.tokens, options.input == "bf16")
-    *_, weights = device.random_weights(cell.shape, 0)
-    assert isinstance(weights, dict)
-    tokens = [
-        {**device.random_tokens(cell, i), "topk_ids": device.put(routing.topk_ids)}
-        for i, routing in enumerate(draw_routings(cell, options.calls, 0))
-    ]
-    for call in torch_calls(cell, Data([weights], tokens)):
+    tokens = routed_tokens(device, cell, draw_routings(cell, options.calls, 0), 0)
+    for call in torch_calls(cell, Data([whole_layer(device, cell.shape, 0)], tokens)):
         call()
     device.synchronize()
 

@@ -1,4 +1,4 @@
-"""Prints the gist of what gpu_suite.sh left in a folder: a line a benchmark cell, a line a profiled kernel.
+"""Prints the gist of what gpu_suite.sh left in a folder: lines of benchmark cells, flags of sweeps, profiled kernels.
 
 python benchmarks/short_table.py OUT
 """
@@ -17,6 +17,8 @@ STAGES = ("route", "permute", "gemm1", "gemm2", "finalize")
 def main(folder: Path) -> None:
     if (folder / "bench.json").is_file():
         _bench(json.loads((folder / "bench.json").read_text()))
+    if (folder / "sweeps.json").is_file():
+        _sweeps(json.loads((folder / "sweeps.json").read_text()))
     for log in sorted(folder.glob("ncu_*.log")):
         _ncu(log)
 
@@ -38,6 +40,12 @@ def _bench(result: dict[str, Any]) -> None:
             share = 100 * cell["roofline_us"] / best
             differ = "  BITS DIFFER" if cell["same_bits"] is False else ""
             print(f"{head}{stages} {whole} {cell['roofline_us']:8.1f} {share:4.0f} %  {state}{differ}")
+
+
+def _sweeps(result: dict[str, Any]) -> None:
+    for line in (*result["flagged"], *result["failed"]):
+        print(line)
+    print(f"sweeps: {len(result['flagged'])} of {len(result['cells'])} cells flagged, {len(result['failed'])} failed")
 
 
 def _median(timing: dict[str, float] | None) -> str:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 import torch_facade as facade
+from jax_moe.bench.command import write_whole
 from jax_moe.bench.device import Set
 from jax_moe.bench.machine import open_device
-from jax_moe.bench.timing import CudaGraph
+from jax_moe.bench.paths import whole_layer
+from jax_moe.bench.timing import CudaGraph, medians_by_turns
 from jax_moe.bench.workload import Cell, Routing, draw_routings, number_of_sets, parse_shape
 from jax_moe.problem import SCALE_BLOCK
 
@@ -147,16 +147,6 @@ def weight_layouts(weights: Set) -> dict[str, tuple[Set, dict[str, Any]]]:
     }
 
 
-def medians(programs: dict[str, CudaGraph]) -> dict[str, float]:
-    """Microseconds a call of each, by turns."""
-    samples: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(ROUNDS):
-        for name, program in programs.items():
-            time.sleep(PAUSE)
-            samples[name] += program.time(REPEATS)
-    return {name: 1e6 * statistics.median(seconds) for name, seconds in samples.items()}
-
-
 def show(results: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Microseconds a call: the plain one, others above it", title_justify="left", box=None)
     table.add_column("variant")
@@ -184,18 +174,18 @@ def main() -> None:
     print(f"variants on {torch.cuda.get_device_name()}", flush=True)
     results: list[dict[str, Any]] = []
     for shape in dict.fromkeys(cell.shape for cell in cells):
-        *_, weights = device.random_weights(shape, 0)
-        assert isinstance(weights, dict)
+        weights = whole_layer(device, shape, 0)
         layouts = weight_layouts(weights)
         for cell in (cell for cell in cells if cell.shape == shape):
             calls = Variants(cell, weights, layouts, device).calls()
-            us = medians({name: CudaGraph(of_variant) for name, of_variant in calls.items()})
+            medians = medians_by_turns([CudaGraph(one) for one in calls.values()], ROUNDS, REPEATS, PAUSE)
+            us = {name: 1e6 * seconds for name, seconds in zip(calls, medians, strict=True)}
             results.append({"shape": shape.name, "tokens": cell.tokens, "us": us})
             print(f"{shape.name}, {cell.tokens} tokens: plain {us[PLAIN]:.1f} us", flush=True)
             device.release()
             if options.json:
-                options.json.write_text(
-                    json.dumps({"device": torch.cuda.get_device_name(), "cells": results}, indent=1)
+                write_whole(
+                    options.json, json.dumps({"device": torch.cuda.get_device_name(), "cells": results}, indent=1)
                 )
     show(results)
 

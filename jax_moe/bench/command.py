@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
                 result["cells"].append(cell)
                 progress.advance(task)
                 if options.json:
-                    _write(options.json, json.dumps(result, indent=1))
+                    write_whole(options.json, json.dumps(result, indent=1))
     console.print(ceilings_table(ceilings))
     console.print(cells_table(result["cells"]))
     if draw:
@@ -154,11 +154,7 @@ class Bench:
     def cell(self, cell: Cell, weights: list[Set]) -> dict[str, Any]:
         seed = self.options.seed + cell.tokens
         routings = draw_routings(cell, number_of_sets(cell.tokens), seed)
-        tokens = [
-            {**self.device.random_tokens(cell, seed + i), "topk_ids": self.device.put(routing.topk_ids)}
-            for i, routing in enumerate(routings)
-        ]
-        data = paths.Data(weights, tokens)
+        data = paths.Data(weights, paths.routed_tokens(self.device, cell, routings, seed))
         cost = mean_cost(cell, routings)
         stages = {} if self.options.no_stages else self.stages(cell, data)
         self.device.release()
@@ -166,7 +162,7 @@ class Bench:
         result = {
             **dataclasses.asdict(cost),
             "intensity": cost.intensity,
-            "sets": len(tokens),
+            "sets": len(data.tokens),
             "roofline_us": 1e6 * self.ceilings.seconds(cost),
             "stages_us": stages,
             "whole_us": whole,
@@ -251,7 +247,7 @@ def _microseconds(timing: Timing) -> dict[str, float]:
     return {name: 1e6 * value for name, value in seconds.items()} | {"samples": samples}
 
 
-def _write(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """In one step, so that a run that is stopped leaves the whole of what it had."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")

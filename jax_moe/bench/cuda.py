@@ -50,10 +50,18 @@ class Cuda:
             yield expert + 1
         yield tensors
 
+    @property
+    def rotation_bytes(self) -> int:
+        """Bytes to read until what was read before is in no cache."""
+        return 3 * torch.cuda.get_device_properties(self._device).L2_cache_size
+
+    @property
+    def num_sms(self) -> int:
+        return torch.cuda.get_device_properties(self._device).multi_processor_count
+
     def weight_copies(self, weights: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         total = sum(tensor.nbytes for tensor in weights.values())
-        cache = torch.cuda.get_device_properties(self._device).L2_cache_size
-        copies = min(16, -(-3 * cache // total))
+        copies = min(16, -(-self.rotation_bytes // total))
         return [weights] + [{name: tensor.clone() for name, tensor in weights.items()} for _ in range(copies - 1)]
 
     def random_tokens(self, cell: Cell, seed: int) -> dict[str, torch.Tensor]:
@@ -81,8 +89,7 @@ class Cuda:
         return call
 
     def stages(self, problem: Problem) -> int:
-        num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
-        return native.launched_stages(problem, num_sms)
+        return native.launched_stages(problem, self.num_sms)
 
     def program(self, calls: Sequence[Callable[[], Any]]) -> Program:
         return CudaGraph(calls)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import native
 from ..problem import INPUTS, OUTPUTS
+from ..shapes import LayerShape
 from .device import Device, Set
 from .timing import Dispatches, Program, WallClock
-from .workload import Cell
+from .workload import Cell, Routing
 
 STAGES = {
     "route": native.ROUTE,
@@ -45,6 +46,21 @@ class Data:
             for part in (self.weights, self.tokens)
         )
         return Data(weights, tokens)
+
+
+def whole_layer(device: Device, shape: LayerShape, seed: int) -> Set:
+    """The weights of a layer, when all its experts are made."""
+    *_, weights = device.random_weights(shape, seed)
+    assert not isinstance(weights, int)
+    return weights
+
+
+def routed_tokens(device: Device, cell: Cell, routings: Sequence[Routing], seed: int) -> list[Set]:
+    """A set of random tokens for each routing."""
+    return [
+        {**device.random_tokens(cell, seed + i), "topk_ids": device.put(routing.topk_ids)}
+        for i, routing in enumerate(routings)
+    ]
 
 
 def stage_programs(device: Device, cell: Cell, data: Data) -> dict[str, Program]:

@@ -59,6 +59,19 @@ def measure(program: Program, state: str, repeats: int, pause: float = PAUSE) ->
     return Timing.of(samples)
 
 
+def medians_by_turns(programs: Sequence[Program], rounds: int, repeats: int, pause: float) -> list[float]:
+    """Median seconds a call of each, in bursts of at most `repeats` repeats after pauses. All take turns, so that
+    clocks and heat are the same for all.
+    """
+    fitting = [min(repeats, max(1, int(BURST / (program.calls * min(program.time(1)))))) for program in programs]
+    samples: list[list[float]] = [[] for _ in programs]
+    for _ in range(rounds):
+        for program, its, most in zip(programs, samples, fitting, strict=True):
+            time.sleep(pause)
+            its += program.time(most)
+    return [statistics.median(seconds) for seconds in samples]
+
+
 class WallClock:
     """Calls that return when they are done, one a repeat, in rotation."""
 

@@ -1,6 +1,7 @@
 """What a cell of the benchmark computes: a layer shape, a number of tokens, and sets of routed tokens to rotate.
 
-Routing is uniform over all experts. Drawn in numpy from a seed, the same for every device and front end.
+Routing is uniform over all experts, or as another draw of draws.py has it. Drawn in numpy from a seed, the same for
+every device and front end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..info import CannotRun
 from ..problem import SCALE_BLOCK, Array, Options, Problem
 from ..shapes import SHAPES, LayerShape
 from .cost import Cost, call_cost
+from .draws import Draw, uniform
 
 CANDIDATES = 16  # draws of a small routing, of which the best is taken
 
@@ -95,26 +97,29 @@ def number_of_sets(tokens: int) -> int:
     return 16 if tokens <= 64 else 8 if tokens <= 256 else 4
 
 
-def draw_routings(cell: Cell, sets: int, seed: int) -> list[Routing]:
+def draw_routings(
+    cell: Cell, sets: int, seed: int, draw: Draw = uniform, reach: int = 1, copies: int = 1
+) -> list[Routing]:
     """One routing a set. Of several draws of a small one, the one with the mean number of local slots and the fewest
-    experts of the set before: so weights are read from memory, not from what that set left in a cache.
+    experts of the `reach` sets before: so weights are read from memory, not from what those sets left in a cache. Where
+    `copies` of the weights take turns, only every one of so many sets before reads the same ones.
     """
     rng = np.random.default_rng(seed)
     s = cell.shape
     mean_slots = cell.tokens * s.top_k * s.local_num_experts / s.num_experts
     candidates = CANDIDATES if cell.tokens * s.top_k <= 256 else 1
     routings: list[Routing] = []
-    for _ in range(sets):
-        before = routings[-1].active if routings else frozenset()
-        drawn = [_draw_routing(cell, rng) for _ in range(candidates)]
+    for i in range(sets):
+        same = (routings[j].active for j in range(i - copies, i - reach - 1, -copies) if j >= 0)
+        before = frozenset[int]().union(*same)
+        drawn = [_draw_routing(cell, rng, draw) for _ in range(candidates)]
         routings.append(min(drawn, key=lambda r: (abs(r.local_slots - mean_slots), len(r.active & before))))
     return routings
 
 
-def _draw_routing(cell: Cell, rng: np.random.Generator) -> Routing:
+def _draw_routing(cell: Cell, rng: np.random.Generator, draw: Draw) -> Routing:
     s = cell.shape
-    order = rng.random((cell.tokens, s.num_experts), np.float32)
-    ids = np.argpartition(order, s.top_k - 1, axis=1)[:, : s.top_k]
+    ids = draw(s, cell.tokens, rng)
     weights = rng.random(ids.shape, np.float32) + 0.1
     weights /= weights.sum(axis=1, keepdims=True)
     local = ids - s.local_expert_offset
