@@ -6,11 +6,10 @@
 
 namespace jax_moe {
 
-// Blocks of at most kBlockM rows of one expert, in steps of kBlockStep but for its last, the unit of the GEMM schedules.
-// Blocks are numbered in row order;
+// Blocks of at most kBlockM rows of one expert, the unit of the GEMM schedules. Blocks are numbered in row order;
 // groups of up to kBlocksPerGroup neighbours of one expert walk the weight columns together, so that a weight tile is
 // read from memory once.
-inline constexpr int kBlockM = 128, kBlockStep = 16;
+inline constexpr int kBlockM = 128;
 inline constexpr int kBlocksPerGroup = 16;
 struct alignas(16) MBlock {
   int32_t row0;         // first permuted row

@@ -53,8 +53,9 @@ struct Thread {
   std::vector<ByteRange> unpublished;           // ordinary shared writes that the async proxy has not been told of
   std::vector<WgmmaOp> wgmmas;
   std::vector<Accumulator> accumulators;
-  size_t executed_wgmmas;
-  bool wgmmas_committed, wgmma_fenced;
+  std::vector<size_t> wgmma_groups;                // of the wgmmas in flight, how many each commit had
+  size_t executed_wgmmas, ending_wgmmas;
+  bool wgmma_fenced;
   int registers;               // 0: as launched
   bool earlier_kernels_ended;  // has waited for them, or is behind a thread that has
 };

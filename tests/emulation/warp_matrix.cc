@@ -5,6 +5,15 @@
 
 namespace emulation {
 
+// This lane writes the row whose address it gave: columns 2 i and 2 i + 1 are with lane 4 (row) + i.
+void store_matrix(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const LanePayload* all = meet(Meeting::kStoreMatrix, ~0u, {{smem, a, b, c, d, 0}});
+  uint32_t row[4];
+  for (int i = 0; i < 4; ++i) row[i] = all[lane() % 8 * 4 + i].words[1 + lane() / 8];
+  if (smem % 16) fail("a row of stmatrix at %#x is misaligned", smem);
+  write_shared(smem, row, sizeof row);
+}
+
 // This lane writes the column whose address it gave: its rows are with lanes 4 (row) + column / 2.
 void store_transposed(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const LanePayload* all = meet(Meeting::kStoreMatrix, ~0u, {{smem, a, b, c, d, 0}});

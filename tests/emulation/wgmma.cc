@@ -2,6 +2,7 @@
 // waits for it (drawn for every CTA), each warp its own 16 rows; the accumulators hold NaN until the wait. The four
 // warps of a warpgroup must issue the same sequence.
 #include <algorithm>
+#include <functional>
 
 #include "machine.h"
 #include "number_formats.h"
@@ -26,6 +27,12 @@ struct Warpgroup {
 };
 Warpgroup warpgroups[8];
 bool early = false;  // operands are read at the commit
+
+// How many of the thread's wgmmas have ended when all but the last `pending` groups have.
+size_t ended(const Thread& t, size_t pending) {
+  const std::vector<size_t>& ends = t.wgmma_groups;
+  return ends.size() > pending ? ends[ends.size() - 1 - pending] : 0;
+}
 
 // 16 bytes of row `row`, K bytes [16 piece, 16 piece + 16), of the tile that a descriptor names.
 const uint8_t* operand(uint64_t descriptor, int row, int piece, const char* name) {
@@ -94,20 +101,20 @@ void check_lanes_agree(int first) {
   }
 }
 
-// All lanes of the current warp are here: computes what they have committed, into their `value`s.
+// All lanes of the current warp are here: computes what has to end, into their `value`s.
 void execute(const LanePayload*) {
   const int first = current->index / 32 * 32, warp_in_group = current->index / 32 % 4;
   check_lanes_agree(first);
   const Thread& lane0 = thread(first);
   static float d[kWarpRows][kMaxN];
-  const size_t first_new = lane0.executed_wgmmas;
+  const size_t first_new = lane0.executed_wgmmas, last = std::max(lane0.ending_wgmmas, first_new);
   for (size_t i = 0; i < first_new; ++i) touch(lane0.wgmmas[i], warp_in_group);
   for (size_t which = 0; which < lane0.accumulators.size(); ++which) {
     const int count = lane0.accumulators[which].n / 2;
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < count; ++i)
         d[fragment_row(lane, i)][fragment_column(lane, i)] = thread(first + lane).accumulators[which].value[i];
-    for (size_t i = first_new; i < lane0.wgmmas.size(); ++i) {
+    for (size_t i = first_new; i < last; ++i) {
       const WgmmaOp& op = lane0.wgmmas[i];
       if (op.d == lane0.accumulators[which].d) multiply(d, op, warp_in_group);
     }
@@ -117,13 +124,13 @@ void execute(const LanePayload*) {
   }
   Warpgroup& group = warpgroups[current->index / 128];
   size_t& executed = group.executed[warp_in_group];
-  for (size_t i = first_new; i < lane0.wgmmas.size(); ++i) {
+  for (size_t i = first_new; i < last; ++i) {
     const WgmmaOp& op = lane0.wgmmas[i];
     if (executed == group.issued.size()) group.issued.push_back(issued(op));
     if (group.issued[executed++] != issued(op))
       fail("wgmma %d of this warp has other operands than in another warp of its warpgroup", int(executed - 1));
   }
-  for (int lane = 0; lane < 32; ++lane) thread(first + lane).executed_wgmmas = lane0.wgmmas.size();
+  for (int lane = 0; lane < 32; ++lane) thread(first + lane).executed_wgmmas = last;
 }
 
 }  // namespace
@@ -173,27 +180,37 @@ void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate) {
     for (int i = 0; i < n / 2; ++i) d[i] = __uint_as_float(kInFlight);
   }
   t.wgmmas.push_back({d, a, b, n, accumulate != 0});
-  t.wgmmas_committed = false;
 }
 
 void commit_wgmma() {
-  current->wgmmas_committed = true;
+  Thread& t = *current;
+  t.wgmma_groups.push_back(t.wgmmas.size());
+  t.ending_wgmmas = t.wgmmas.size();
   if (early) meet(Meeting::kWgmma, ~0u, {}, execute);
 }
 
-void wait_wgmma() {
+void wait_wgmma(int pending) {
   Thread& t = *current;
-  if (!t.accumulators.empty() && !t.wgmmas_committed) fail("wgmma_wait() with a wgmma that was not committed");
+  if (t.wgmmas.size() != ended(t, 0)) fail("wgmma_wait() with a wgmma that was not committed");
+  const size_t done = t.ending_wgmmas = ended(t, pending);
   meet(Meeting::kWgmma, ~0u, {}, execute);
+  const auto in_flight = [&](const Accumulator& accumulator) {
+    return std::any_of(t.wgmmas.begin() + long(done), t.wgmmas.end(),
+                       [&](const WgmmaOp& op) { return op.d == accumulator.d; });
+  };
   for (const Accumulator& accumulator : t.accumulators)
     for (int i = 0; i < accumulator.n / 2; ++i) {
       if (__float_as_uint(accumulator.d[i]) != kInFlight)
         fail("accumulator %d was written while its wgmma was in flight", i);
-      accumulator.d[i] = accumulator.value[i];
+      if (!in_flight(accumulator)) accumulator.d[i] = accumulator.value[i];
     }
-  t.accumulators.clear();
-  t.wgmmas.clear();
-  t.executed_wgmmas = 0;
+  t.accumulators.erase(std::remove_if(t.accumulators.begin(), t.accumulators.end(), std::not_fn(in_flight)),
+                       t.accumulators.end());
+  t.wgmmas.erase(t.wgmmas.begin(), t.wgmmas.begin() + long(done));
+  t.executed_wgmmas -= done;
+  std::vector<size_t>& ends = t.wgmma_groups;
+  ends.erase(ends.begin(), ends.end() - std::min<long>(pending, long(ends.size())));
+  for (size_t& end : ends) end -= done;
   t.wgmma_fenced = false;
 }
 

@@ -59,31 +59,76 @@ struct DeepSeekFormat {
     float now_[2], next_[2];
   };
 
-  // sums += the stage's products: 64 rows of each half times kTokens tokens.
-  template <int kTokens>
-  static DEVICE void multiply(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64]) {
-    const uint64_t tokens = wgmma_descriptor(smem_address(stage.tokens));
-    float acc[kTokens / 2];
+  // Wide tiles: sums += this warpgroup's 64 tokens times all rows. One accumulator serves the two halves.
+  template <class Release>
+  static DEVICE void multiply_wide(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
+                                   const Release& release) {
+    const int first = wg.index * kWarpgroupRows;
+    const uint64_t tokens = wgmma_descriptor(smem_address(stage.tokens) + first * kBlockK);
+    float acc[64], factor[2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint64_t weights = wgmma_descriptor(smem_address(stage.weights[half]) + wg.index * kWarpgroupRows * kBlockK);
+      const uint64_t weights = wgmma_descriptor(smem_address(stage.weights[half]));
       register_fence(acc);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) wgmma_m64k32_e4m3(acc, weights + 2 * i, tokens + 2 * i, i);
+      for (int i = 0; i < 4; ++i) wgmma_m64k32_e4m3(acc, tokens + 2 * i, weights + 2 * i, i);
       wgmma_commit();
       register_fence(acc);
-      const uint32_t factors = smem_address(&stage.factor[half][2 * wg.quad()]);
+      if (half == 0) {  // in the shadow of the wgmmas
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          factor[i / 2][i % 2] = load_shared_f32(smem_address(&stage.factor[i / 2][first + wg.fragment_row() + i % 2 * 8]));
+      }
       wgmma_wait();
       register_fence(acc);
+      if (half == 1) release();
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; ++j) {
-        const float2 factor = load_shared_f32x2(factors + 32 * j);
-        sums[half][4 * j] += factor.x * acc[4 * j];
-        sums[half][4 * j + 1] += factor.y * acc[4 * j + 1];
-        sums[half][4 * j + 2] += factor.x * acc[4 * j + 2];
-        sums[half][4 * j + 3] += factor.y * acc[4 * j + 3];
-      }
+      for (int i = 0; i < 64; ++i) sums[half][i] += factor[half][i / 2 % 2] * acc[i];
+    }
+  }
+
+  // Narrow tiles: sums += this warpgroup's 64 rows of each half times kTokens tokens. The second half is multiplied while
+  // the first is added.
+  static constexpr int kNarrowTokens = 64;
+  template <int kTokens, class Release>
+  static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
+                                     const Release& release) {
+    const uint64_t tokens = wgmma_descriptor(smem_address(stage.tokens));
+    float acc[2][kTokens / 2];
+    register_fence(acc[0]);
+    register_fence(acc[1]);
+    wgmma_fence();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint64_t weights =
+          wgmma_descriptor(smem_address(stage.weights[half]) + wg.index * kWarpgroupRows * kBlockK);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) wgmma_m64k32_e4m3(acc[half], weights + 2 * i, tokens + 2 * i, i);
+      wgmma_commit();
+    }
+    register_fence(acc[0]);
+    register_fence(acc[1]);
+    wgmma_wait<1>();
+    add<kTokens>(stage, wg, acc[0], 0, sums);
+    wgmma_wait();
+    add<kTokens>(stage, wg, acc[1], 1, sums);
+    release();
+  }
+
+ private:
+  template <int kTokens>
+  static DEVICE void add(const Stage& stage, const WarpgroupContext& wg, float (&acc)[kTokens / 2], int half,
+                         float (&sums)[2][64]) {
+    register_fence(acc);
+    const uint32_t factors = smem_address(&stage.factor[half][2 * wg.quad()]);
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const float2 factor = load_shared_f32x2(factors + 32 * j);
+      sums[half][4 * j] += factor.x * acc[4 * j];
+      sums[half][4 * j + 1] += factor.y * acc[4 * j + 1];
+      sums[half][4 * j + 2] += factor.x * acc[4 * j + 2];
+      sums[half][4 * j + 3] += factor.y * acc[4 * j + 3];
     }
   }
 };

@@ -1,10 +1,11 @@
-// Persistent warp-specialised grouped FP8 GEMM, tokens on the N side: D[weight row, token] = B[expert] A^T. Tile 256
-// weight rows x up to 128 tokens in steps of 16, two math warpgroups of 64 rows of each half, one producer warpgroup.
-// GEMM1 gathers token rows by cp.async and has up and gate rows in the two halves. What scales there are is a Format's
-// to say: what a stage is, which scales producer threads put there (Feed), how a math thread multiplies it.
+// Persistent warp-specialised grouped FP8 GEMM, tokens A times weights B[expert]. Tile 256 weight rows x up to 128 tokens,
+// two math warpgroups, one producer warpgroup. Many tokens make a wide tile, few a narrow one (warpgroup.cuh). GEMM1
+// gathers token rows by cp.async and has up and gate rows in the two halves. What scales there are is a Format's to say:
+// what a stage is, which scales producer threads put there (Feed), how a math thread multiplies it.
 #pragma once
 #include "deepseek_format_sm90.cuh"
-#include "epilogue.cuh"
+#include "epilogue_narrow.cuh"
+#include "epilogue_wide.cuh"
 #include "mx_format_sm90.cuh"
 #include "pipeline.cuh"
 #include "scheduler.cuh"
@@ -155,39 +156,69 @@ DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, 
   for (; in_flight > 0; --in_flight) announce();
 }
 
-// A math warpgroup: 64 rows of each half of every tile, one accumulator reused for the two halves.
+// The epilogues of a format: GEMM1's and GEMM2's.
+template <bool kWide, int kMaxTokens, class Epilogue, class Shared>
+DEVICE void finish(const Epilogue& epilogue, Shared& shared, const WarpgroupContext& wg, float (&sums)[2][64],
+                   const Tile& tile) {
+  constexpr bool kIsActivation = sizeof(typename Epilogue::Shared) > 1;
+  if constexpr (kIsActivation && kWide)
+    WideActivation{epilogue, wg}.run(sums, tile);
+  else if constexpr (kIsActivation)
+    NarrowActivation<Epilogue, kMaxTokens>{epilogue, shared.epilogue, wg}.run(sums, tile);
+  else if constexpr (kWide)
+    WideBf16{epilogue, wg}.run(sums, tile);
+  else
+    NarrowBf16<Epilogue, kMaxTokens>{epilogue, wg}.run(sums, tile);
+}
+
+// Calls use(a number of tokens known to the compiler), at least `tokens`, at most kMost, in steps of 16.
+template <int kMost, int kTokens = 16, class Use>
+DEVICE void with_tokens(int tokens, const Use& use) {
+  if constexpr (kTokens < kMost) {
+    if (tokens > kTokens) return with_tokens<kMost, kTokens + 16>(tokens, use);
+  }
+  use(std::integral_constant<int, kTokens>());
+}
+
 template <class Format, class Epilogue, class Shared>
 DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epilogue, int warpgroup, int thread) {
+  constexpr int kNarrowTokens = Format::kNarrowTokens;
   typename Shared::Cursor at;
   WarpgroupContext wg{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])};
   TileReader reader;
+  const auto release = [&] {
+    __syncwarp();  // NOTE: a lane still waiting would miss the phase that a refill completes
+    if (wg.lane() == 0) shared.barriers.release(at);
+  };
   for (Tile tile = reader.next(shared.tiles), next; tile.rows > 0; tile = next) {
-    wg.tokens = tile.rows;
-    wg.row0 = tile.row0;
     float sums[2][64];
 #pragma unroll
     for (int i = 0; i < 128; ++i) sums[i / 64][i % 64] = 0.f;
-    const auto multiply_all = [&](auto tokens) {
+    const auto for_stages = [&](const auto& multiply_stage) {
       for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
         shared.barriers.wait_full(at);
-        Format::template multiply<decltype(tokens)::value>(shared.stages[at.stage()], wg, sums);
-        __syncwarp();  // NOTE: a lane still waiting would miss the phase that a refill completes
-        if (wg.lane() == 0) shared.barriers.release(at);
+        multiply_stage(shared.stages[at.stage()]);
       }
+      next = reader.next(shared.tiles);  // asked for before the epilogue of the one before
+      hide(wg.thread);                   // the epilogue's addresses are not for the loop to carry
     };
-    switch ((tile.rows - 1) / 16) {
-      case 0: multiply_all(std::integral_constant<int, 16>()); break;
-      case 1: multiply_all(std::integral_constant<int, 32>()); break;
-      case 2: multiply_all(std::integral_constant<int, 48>()); break;
-      case 3: multiply_all(std::integral_constant<int, 64>()); break;
-      case 4: multiply_all(std::integral_constant<int, 80>()); break;
-      case 5: multiply_all(std::integral_constant<int, 96>()); break;
-      case 6: multiply_all(std::integral_constant<int, 112>()); break;
-      default: multiply_all(std::integral_constant<int, 128>()); break;
+    if constexpr (kNarrowTokens < kBlockM) {
+      if (tile.rows > kNarrowTokens) {
+        for_stages([&](const auto& stage) { Format::multiply_wide(stage, wg, sums, release); });
+        wg.tokens = min(tile.rows - warpgroup * kWarpgroupRows, kWarpgroupRows);
+        wg.row0 = tile.row0 + warpgroup * kWarpgroupRows;
+        finish<true, kNarrowTokens>(epilogue, shared, wg, sums, tile);
+        continue;
+      }
     }
-    next = reader.next(shared.tiles);  // asked for before the epilogue of the one before
-    hide(wg.thread);                   // the epilogue's addresses are not for the loop to carry
-    epilogue.run(wg, shared.epilogue, sums, tile);
+    with_tokens<kNarrowTokens>(tile.rows, [&](auto tokens) {
+      for_stages([&](const auto& stage) {
+        Format::template multiply_narrow<decltype(tokens)::value>(stage, wg, sums, release);
+      });
+    });
+    wg.tokens = tile.rows;
+    wg.row0 = tile.row0;
+    finish<false, kNarrowTokens>(epilogue, shared, wg, sums, tile);
   }
 }
 

@@ -99,68 +99,113 @@ struct MxFormat {
     uint32_t at_[kRows];
   };
 
-  template <int kTokens>
-  static DEVICE void multiply(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64]) {
-    uint64_t tokens = wgmma_descriptor(smem_address(stage.tokens));
-    uint64_t weights = wgmma_descriptor(smem_address(stage.weights[0]) + wg.index * kWarpgroupRows * kBlockK);
-    const int row = wg.index * kWarpgroupRows + 16 * wg.warp() + wg.fragment_row();
-    uint32_t word[2][2];  // of a half and this thread's row v
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int v = 0; v < 2; ++v)
-        word[half][v] = load_shared_u32(smem_address(&stage.weight_words[half * kHalfRows + row + 8 * v]));
-    }
+  static constexpr int kNarrowTokens = kBlockM;
+
+  // sums += this warpgroup's 64 rows of each half times kTokens tokens, in steps of 32 of K and as many tokens as
+  // registers allow. The second half is multiplied while the first is added.
+  template <int kTokens, class Release>
+  static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
+                                     const Release& release) {
+    Operands from(stage, wg);
+    const bool far = __any_sync(~0u, from.far());
     uint32_t factors = smem_address(&stage.factor[0][2 * wg.quad()]);
-    float acc[kTokens / 2];
 #pragma unroll 1
-    for (int s = 0; s < kMxScales; ++s, tokens += 2, weights += 2, factors += kBlockM * 4) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        register_fence(acc);
+    for (int s = 0; s < kMxScales; ++s, factors += kBlockM * 4, from.advance())
+      for_parts<kTokens>(std::make_integer_sequence<int, Part<kTokens, 0>::kParts>(), [&](auto part) {
+        using At = Part<kTokens, decltype(part)::value>;
+        float acc[2][At::count / 2];
+        register_fence(acc[0]);
+        register_fence(acc[1]);
         wgmma_fence();
-        wgmma_m64k32_e4m3(acc, weights + half * (kHalfRows * kBlockK / 16), tokens, 0);
-        wgmma_commit();
-        register_fence(acc);
-        const float scale[2] = {mx_scale(word[half][0], 0), mx_scale(word[half][1], 0)};
-        word[half][0] >>= 8, word[half][1] >>= 8;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          wgmma_m64k32_e4m3(acc[half], from.weights + half * (kHalfRows * kBlockK / 16),
+                            from.tokens + At::first * (kBlockK / 16), 0);
+          wgmma_commit();
+        }
+        register_fence(acc[0]);
+        register_fence(acc[1]);
+        float of_token[At::count / 4];  // in the shadow of the wgmmas
+#pragma unroll
+        for (int j = 0; j < At::count / 8; ++j) {
+          const float2 two = load_shared_f32x2(factors + At::first * 4 + 32 * j);
+          of_token[2 * j] = two.x, of_token[2 * j + 1] = two.y;
+        }
+        wgmma_wait<1>();
+        promote(acc[0], from.row(0), of_token, &sums[0][At::first / 2], far);
         wgmma_wait();
-        register_fence(acc);
-        if (scale[0] > kFarScale || scale[1] > kFarScale)
-          promote<true>(acc, scale, factors, sums[half]);
-        else
-          promote<false>(acc, scale, factors, sums[half]);
-      }
-    }
+        promote(acc[1], from.row(1), of_token, &sums[1][At::first / 2], far);
+      });
+    release();
   }
 
  private:
+  static constexpr int kStepTokens = 48;
   // Of 32 products e4m3 each, acc is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale it is a
   // float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to the other side.
   static constexpr float kFarScale = 0x1p104f, kShift = 0x1p40f, kLargest = 0x1p127f;
 
-  template <bool kFar, int kCount>
-  static DEVICE void promote(const float (&acc)[kCount], const float (&scale)[2], uint32_t factors, float (&sums)[64]) {
-    float row[2], shift[2];
+  // Tokens of a step: `count` from `first` on.
+  template <int kTokens, int kPart>
+  struct Part {
+    static constexpr int kParts = (kTokens + kStepTokens - 1) / kStepTokens, kGroups = kTokens / 8;
+    static constexpr int first = kPart * kGroups / kParts * 8, count = (kPart + 1) * kGroups / kParts * 8 - first;
+  };
+  template <int kTokens, int... kParts, class Use>
+  static DEVICE void for_parts(std::integer_sequence<int, kParts...>, const Use& use) {
+    (use(std::integral_constant<int, kParts>()), ...);
+  }
+
+  struct Operands {
+    uint64_t tokens, weights;
+    uint32_t word[2][2];  // of a half and this thread's row v
+
+    DEVICE Operands(const Stage& stage, const WarpgroupContext& wg)
+        : tokens(wgmma_descriptor(smem_address(stage.tokens))),
+          weights(wgmma_descriptor(smem_address(stage.weights[0]) + wg.index * kWarpgroupRows * kBlockK)) {
 #pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      const bool far = kFar && scale[v] > kFarScale;
-      row[v] = far ? scale[v] / kShift : scale[v];
-      shift[v] = far ? kShift : 1.f;
+      for (int i = 0; i < 4; ++i)
+        word[i / 2][i % 2] = load_shared_u32(smem_address(
+            &stage.weight_words[i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8]));
     }
-#pragma unroll
-    for (int j = 0; j < kCount / 4; ++j) {
-      const float2 of_tokens = load_shared_f32x2(factors + 32 * j);
+    // Whether a scale is above kFarScale.
+    DEVICE bool far() const {
+      uint32_t any = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int v = i / 2;
-        float token = i % 2 == 0 ? of_tokens.x : of_tokens.y;
-        if (kFar) {
-          token *= shift[v];
-          token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
-        }
-        sums[4 * j + i] = __fmaf_rn(acc[4 * j + i] * row[v], token, sums[4 * j + i]);
+        const uint32_t w = word[i / 2][i % 2];
+        any |= ((w & 0x7F7F7F7F) + 0x18181818) & w;  // the high bit of bytes from 232 on
       }
+      return any & 0x80808080;
+    }
+    // The scales of this thread's two rows of a half.
+    DEVICE float2 row(int half) const { return make_float2(mx_scale(word[half][0], 0), mx_scale(word[half][1], 0)); }
+    // To the next 32 of K.
+    DEVICE void advance() {
+      tokens += 2, weights += 2;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) word[i / 2][i % 2] >>= 8;
+    }
+  };
+
+  // sums += acc * row * token.
+  template <int kCount>
+  static DEVICE void promote(float (&acc)[kCount], float2 row, const float (&of_token)[kCount / 2], float* sums,
+                             bool far) {
+    register_fence(acc);
+    if (__builtin_expect(far, 0)) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const float scale = i / 2 % 2 == 0 ? row.x : row.y;
+        const bool shift = scale > kFarScale;
+        float token = of_token[i / 4 * 2 + i % 2] * (shift ? kShift : 1.f);
+        token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
+        sums[i] = __fmaf_rn(acc[i] * (shift ? scale / kShift : scale), token, sums[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        sums[i] = __fmaf_rn(acc[i] * (i / 2 % 2 == 0 ? row.x : row.y), of_token[i / 4 * 2 + i % 2], sums[i]);
     }
   }
 };

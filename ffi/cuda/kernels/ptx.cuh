@@ -120,6 +120,9 @@ DEVICE uint4 load_shared_v4(uint32_t smem) {
                : "memory");
   return v;
 }
+DEVICE void store_shared_u16(uint32_t smem, uint16_t v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(smem), "h"(v) : "memory");
+}
 DEVICE void store_shared_u32(uint32_t smem, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(v) : "memory");
 }
@@ -131,7 +134,14 @@ DEVICE void store_shared_v4(uint32_t smem, uint4 v) {
                : "memory");
 }
 DEVICE void store_shared_f32(uint32_t smem, float v) { store_shared_u32(smem, __float_as_uint(v)); }
-// Four 8x8 matrices of 16-bit elements, transposed: lane i gives the 16-byte aligned address of column i % 8 of matrix
+// Four 8x8 matrices of 16-bit elements; lane i gives the 16-byte aligned address of row i % 8 of matrix i / 8, and holds
+// of each matrix elements 2 (i % 4) and 2 (i % 4) + 1 (in the high half) of row i / 4.
+DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+// The same, transposed: lane i gives the 16-byte aligned address of column i % 8 of matrix
 // i / 8, and holds of each matrix columns 2 (i % 4) and 2 (i % 4) + 1 (in the high half) of row i / 4.
 DEVICE void store_transposed_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b), "r"(c),
@@ -212,7 +222,11 @@ DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
 }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until at most kPending of the committed groups are in flight.
+template <int kPending = 0>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 // Keeps the compiler from computing ahead of a loop, and holding in registers, what depends on x.
 DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
 // Keeps the compiler from moving accesses of accumulators across this point.

@@ -52,13 +52,6 @@ DEVICE int sum_chunks(const RouteParameters& p, int expert, int num_chunks) {
                   (first + 2 < num_chunks ? v.z : 0) + (first + 3 < num_chunks ? v.w : 0));
 }
 
-// First row of an expert's block b: blocks as even as steps of kBlockStep rows allow, since tiles of one weight column
-// should take equally long.
-DEVICE int block_begin(int rows, int num_blocks, int b) {
-  const int steps = (rows + kBlockStep - 1) / kBlockStep;
-  return int(int64_t(b) * steps / num_blocks) * kBlockStep;
-}
-
 // Lists the row blocks of all experts. By one CTA; `counts` holds rows per expert, `warps` kWarps ints.
 DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warps) {
   const int per_thread = (p.slots.local_num_experts + kRouteThreads - 1) / kRouteThreads;
@@ -76,11 +69,10 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
     for (int b = 0; b < num_blocks; ++b) {
       const int group = b / kBlocksPerGroup * kBlocksPerGroup;
       MBlock m;
-      const int begin = block_begin(count, num_blocks, b);
-      m.row0 = row + begin;
+      m.row0 = row + b * kBlockM;
       m.expert = e;
       m.group_begin = block + group;
-      m.rows = int16_t(min(count, block_begin(count, num_blocks, b + 1)) - begin);
+      m.rows = int16_t(min(count - b * kBlockM, kBlockM));
       m.group_size = int16_t(min(num_blocks - group, kBlocksPerGroup));
       p.m_blocks[block + b] = m;
     }

@@ -1,126 +1,42 @@
-// A math warpgroup and its float32 sums as wgmma leaves them (wgmma_sm90.cuh), weight rows by tokens:
-//   sums[half][4 j + 2 v + b]  of weight row 128 half + 64 index + 16 warp + lane / 4 + 8 v  and token 8 j + 2 quad + b
-// Results leave transposed through shared memory: each warp stages pieces of 16 bytes a token, with the values of its 16
-// rows as its registers have them; whoever copies a piece to its place puts its bytes in the order of the columns.
+// A math warpgroup and its 128 float32 sums a thread. Tiles of many tokens are wide: tokens on the M side of wgmma, this
+// warpgroup has 64 of them times all 256 weight rows. Tiles of few are narrow: weight rows on the M side, this warpgroup
+// has 64 of each half times all tokens, in steps of 16 tokens.
 #pragma once
 #include "ptx.cuh"
 
 namespace jax_moe::cuda {
 
 inline constexpr int kHalfRows = 128;       // weight rows of a half of a tile, one scale block
-inline constexpr int kWarpgroupRows = 64;   // of each half, of this warpgroup
+inline constexpr int kWarpgroupRows = 64;   // of the M side
 inline constexpr int kMathWarpgroups = 2;
 inline constexpr int kStagingBytes = 8192;  // of a warpgroup
 
 struct WarpgroupContext {
   int index;         // of the math warpgroup
   int thread;        // 0..127
-  int tokens;        // of the tile, 1..128
-  int row0;          // first permuted row
+  int tokens;        // of a narrow tile; of a wide one those of this warpgroup
+  int row0;          // permuted row of the first of them
   uint32_t staging;  // its shared memory
 
   DEVICE int warp() const { return thread / 32; }
   DEVICE int lane() const { return thread % 32; }
-  DEVICE int quad() const { return thread % 4; }  // of a fragment's tokens
-  DEVICE int fragment_row() const { return lane() / 4; }  // of the warp's 16, and + 8
+  DEVICE int quad() const { return thread % 4; }                        // of a fragment's columns
+  DEVICE int fragment_row() const { return warp() * 16 + lane() / 4; }  // of the 64, and + 8
   // Arrivals: the 128 threads of this warpgroup, or those of both. Publishes what they wrote. Barrier 0 is the CTA's.
   DEVICE void sync() const { named_barrier_sync(1 + index, 128); }
   DEVICE void sync_both() const { named_barrier_sync(1 + kMathWarpgroups, kMathWarpgroups * 128); }
+  // Rows of 128 bytes in pieces of 16, swizzled by row: no bank conflicts for fragments nor for rows.
+  static DEVICE uint32_t swizzled(uint32_t base, int row, int piece) {
+    return base + row * 128 + ((piece ^ (row & 7)) << 4);
+  }
 };
 
-// Which output columns the weight rows of a tile's half are, as the caller stored them. The two rows of a thread, v = 0
-// and 1, are a piece's neighbours in all but kPlain.
+// Which output columns weight rows are, as the caller stored them.
 enum class Order {
   kPlain,   // column = row
   kFours,   // shuffled: row n of 16 is column 2 n (n < 8) or 2 (n - 8) + 1
   kEights,  // shuffled, MxFp8: row n of 32 is column 4 (n % 8) + n / 8
   kTurns    // shuffled, MxFp8, gated: as kEights, of columns whose even ones are up and whose odd ones are gate
-};
-
-// The column, in a half's 128, of this thread's row v. kTurns: of the values of half v, in the tile's 128.
-template <Order kOrder>
-DEVICE int column_of(const WarpgroupContext& wg, int v) {
-  const int warp = wg.warp(), row = wg.fragment_row(), first = wg.index * kWarpgroupRows;
-  switch (kOrder) {
-    case Order::kFours:
-      return first + 16 * warp + 2 * row + v;
-    case Order::kEights:
-      return first + 32 * (warp / 2) + 4 * row + 2 * (warp % 2) + v;
-    case Order::kTurns:
-      return 64 * v + 32 * wg.index + 16 * (warp / 2) + 2 * row + warp % 2;
-    default:
-      return first + 16 * warp + row + 8 * v;
-  }
-}
-
-// Four units of 16 bits at each of two places, one of either by turns.
-DEVICE uint4 zip16(uint32_t first, uint32_t second) {
-  const uint2 a = load_shared_v2(first), b = load_shared_v2(second);
-  return make_uint4(__byte_perm(a.x, b.x, 0x5410), __byte_perm(a.x, b.x, 0x7632), __byte_perm(a.y, b.y, 0x5410),
-                    __byte_perm(a.y, b.y, 0x7632));
-}
-
-// Staged pieces of 64 bytes a token, one a warp: units of two codes, those of v = 0 and 1, of 8 rows.
-struct StagedCodes {
-  uint32_t base;
-
-  DEVICE uint32_t piece(int token, int warp) const { return base + token * 64 + ((warp ^ (token / 2 & 3)) << 4); }
-
-  // Codes of four groups of 8 tokens, from token on; of each the units of this thread's two tokens.
-  DEVICE void put(const WarpgroupContext& wg, int token, const uint32_t (&units)[4]) const {
-    store_transposed_x4(piece(token + wg.lane(), wg.warp()), units[0], units[1], units[2], units[3]);
-  }
-  // 16 neighbouring columns of a token, those from first_column(wg, piece) on.
-  template <Order kOrder>
-  DEVICE uint4 get(int token, int p) const {
-    if constexpr (kOrder == Order::kFours) {
-      return load_shared_v4(piece(token, p));
-    } else if constexpr (kOrder == Order::kEights) {
-      return zip16(piece(token, p & ~1) + p % 2 * 8, piece(token, p | 1) + p % 2 * 8);
-    } else if constexpr (kOrder == Order::kTurns) {
-      const uint4 a = load_shared_v4(piece(token, p % 2 * 2)), b = load_shared_v4(piece(token, p % 2 * 2 + 1));
-      const uint32_t which = p / 2 == 0 ? 0x6240 : 0x7351;
-      return make_uint4(__byte_perm(a.x, b.x, which), __byte_perm(a.y, b.y, which), __byte_perm(a.z, b.z, which),
-                        __byte_perm(a.w, b.w, which));
-    } else {
-      const uint4 a = load_shared_v4(piece(token, p));
-      return make_uint4(__byte_perm(a.x, a.y, 0x6420), __byte_perm(a.z, a.w, 0x6420), __byte_perm(a.x, a.y, 0x7531),
-                        __byte_perm(a.z, a.w, 0x7531));
-    }
-  }
-  template <Order kOrder>
-  static DEVICE int first_column(const WarpgroupContext& wg, int p) {
-    return kOrder == Order::kTurns ? 64 * (p / 2) + 32 * wg.index + 16 * (p % 2) : wg.index * kWarpgroupRows + 16 * p;
-  }
-};
-
-// Staged pieces of 128 bytes a token, two a warp: bf16 values of v = 0 in the first, of v = 1 in the second.
-struct StagedBf16 {
-  uint32_t base;
-
-  DEVICE uint32_t piece(int token, int p) const { return base + token * 128 + ((p ^ (token & 7)) << 4); }
-
-  // Two groups of 8 tokens, from token on: pairs[g][v] of this thread's two tokens.
-  DEVICE void put(const WarpgroupContext& wg, int token, const uint32_t (&pairs)[2][2]) const {
-    const int matrix = wg.lane() / 8;
-    store_transposed_x4(piece(token + matrix / 2 * 8 + wg.lane() % 8, 2 * wg.warp() + matrix % 2), pairs[0][0],
-                        pairs[0][1], pairs[1][0], pairs[1][1]);
-  }
-  // Columns 8 p to 8 p + 7 of this warpgroup's 64, of a token.
-  template <Order kOrder>
-  DEVICE uint4 get(int token, int p) const {
-    if constexpr (kOrder == Order::kPlain) {
-      return load_shared_v4(piece(token, p));
-    } else if constexpr (kOrder == Order::kFours) {
-      return zip16(piece(token, p & ~1) + p % 2 * 8, piece(token, p | 1) + p % 2 * 8);
-    } else {
-      uint32_t word[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) word[i] = load_shared_u32(piece(token, (p & ~3) + i) + p % 4 * 4);
-      return make_uint4(__byte_perm(word[0], word[1], 0x5410), __byte_perm(word[2], word[3], 0x5410),
-                        __byte_perm(word[0], word[1], 0x7632), __byte_perm(word[2], word[3], 0x7632));
-    }
-  }
 };
 
 }  // namespace jax_moe::cuda

@@ -8,24 +8,40 @@
 namespace jax_moe::cuda {
 
 // clang-format off
-#define NAMES8(a, b, c, d, e, f, g, h) "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
-#define NAMES_8 NAMES8(0, 1, 2, 3, 4, 5, 6, 7)
-#define NAMES_16 NAMES_8 ", " NAMES8(8, 9, 10, 11, 12, 13, 14, 15)
-#define NAMES_24 NAMES_16 ", " NAMES8(16, 17, 18, 19, 20, 21, 22, 23)
-#define NAMES_32 NAMES_24 ", " NAMES8(24, 25, 26, 27, 28, 29, 30, 31)
-#define NAMES_40 NAMES_32 ", " NAMES8(32, 33, 34, 35, 36, 37, 38, 39)
-#define NAMES_48 NAMES_40 ", " NAMES8(40, 41, 42, 43, 44, 45, 46, 47)
-#define NAMES_56 NAMES_48 ", " NAMES8(48, 49, 50, 51, 52, 53, 54, 55)
-#define NAMES_64 NAMES_56 ", " NAMES8(56, 57, 58, 59, 60, 61, 62, 63)
-#define ACC8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define ACC_8 ACC8(0)
-#define ACC_16 ACC_8, ACC8(8)
-#define ACC_24 ACC_16, ACC8(16)
-#define ACC_32 ACC_24, ACC8(24)
-#define ACC_40 ACC_32, ACC8(32)
-#define ACC_48 ACC_40, ACC8(40)
-#define ACC_56 ACC_48, ACC8(48)
-#define ACC_64 ACC_56, ACC8(56)
+#define NAMES4(a, b, c, d) "%" #a ", %" #b ", %" #c ", %" #d
+#define ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define NAMES_4 NAMES4(0, 1, 2, 3)
+#define NAMES_8 NAMES_4 ", " NAMES4(4, 5, 6, 7)
+#define NAMES_12 NAMES_8 ", " NAMES4(8, 9, 10, 11)
+#define NAMES_16 NAMES_12 ", " NAMES4(12, 13, 14, 15)
+#define NAMES_20 NAMES_16 ", " NAMES4(16, 17, 18, 19)
+#define NAMES_24 NAMES_20 ", " NAMES4(20, 21, 22, 23)
+#define NAMES_28 NAMES_24 ", " NAMES4(24, 25, 26, 27)
+#define NAMES_32 NAMES_28 ", " NAMES4(28, 29, 30, 31)
+#define NAMES_36 NAMES_32 ", " NAMES4(32, 33, 34, 35)
+#define NAMES_40 NAMES_36 ", " NAMES4(36, 37, 38, 39)
+#define NAMES_44 NAMES_40 ", " NAMES4(40, 41, 42, 43)
+#define NAMES_48 NAMES_44 ", " NAMES4(44, 45, 46, 47)
+#define NAMES_52 NAMES_48 ", " NAMES4(48, 49, 50, 51)
+#define NAMES_56 NAMES_52 ", " NAMES4(52, 53, 54, 55)
+#define NAMES_60 NAMES_56 ", " NAMES4(56, 57, 58, 59)
+#define NAMES_64 NAMES_60 ", " NAMES4(60, 61, 62, 63)
+#define ACC_4 ACC4(0)
+#define ACC_8 ACC_4, ACC4(4)
+#define ACC_12 ACC_8, ACC4(8)
+#define ACC_16 ACC_12, ACC4(12)
+#define ACC_20 ACC_16, ACC4(16)
+#define ACC_24 ACC_20, ACC4(20)
+#define ACC_28 ACC_24, ACC4(24)
+#define ACC_32 ACC_28, ACC4(28)
+#define ACC_36 ACC_32, ACC4(32)
+#define ACC_40 ACC_36, ACC4(36)
+#define ACC_44 ACC_40, ACC4(40)
+#define ACC_48 ACC_44, ACC4(44)
+#define ACC_52 ACC_48, ACC4(48)
+#define ACC_56 ACC_52, ACC4(52)
+#define ACC_60 ACC_56, ACC4(56)
+#define ACC_64 ACC_60, ACC4(60)
 // kCount accumulators are operands 0 to kCount - 1; A, B, P: the numbers of the three behind them. `accumulate` 0 overwrites D.
 #define WGMMA(kN, kCount, A, B, P) \
   DEVICE void wgmma_m64k32_e4m3(float (&d)[kCount], uint64_t a, uint64_t b, int accumulate) { \
@@ -35,12 +51,11 @@ namespace jax_moe::cuda {
         : ACC_##kCount : "l"(a), "l"(b), "r"(accumulate)); \
   }
 WGMMA(16, 8, 8, 9, 10)
+WGMMA(24, 12, 12, 13, 14)
 WGMMA(32, 16, 16, 17, 18)
+WGMMA(40, 20, 20, 21, 22)
 WGMMA(48, 24, 24, 25, 26)
 WGMMA(64, 32, 32, 33, 34)
-WGMMA(80, 40, 40, 41, 42)
-WGMMA(96, 48, 48, 49, 50)
-WGMMA(112, 56, 56, 57, 58)
 WGMMA(128, 64, 64, 65, 66)
 #undef WGMMA
 // clang-format on

@@ -28,6 +28,7 @@ void queue_cp_async_arrival(uint32_t barrier);
 void commit_cp_async();
 void wait_cp_async(int pending);
 // warp_matrix.cc
+void store_matrix(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
 void store_transposed(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d);
 void load_matrix(uint32_t (&r)[4], uint32_t smem);
 void multiply_f16(float (&d)[4], const LanePayload& operands);
@@ -39,7 +40,7 @@ void start_next_kernel();
 void fence_wgmma();
 void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate);
 void commit_wgmma();
-void wait_wgmma();
+void wait_wgmma(int pending);
 void set_registers(int registers);
 
 }  // namespace emulation
@@ -87,10 +88,14 @@ DEVICE float2 load_shared_f32x2(uint32_t smem) { return load_shared<float2>(smem
 DEVICE uint32_t load_shared_u32(uint32_t smem) { return load_shared<uint32_t>(smem); }
 DEVICE uint2 load_shared_v2(uint32_t smem) { return load_shared<uint2>(smem); }
 DEVICE uint4 load_shared_v4(uint32_t smem) { return load_shared<uint4>(smem); }
+DEVICE void store_shared_u16(uint32_t smem, uint16_t v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_shared_f32(uint32_t smem, float v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_shared_u32(uint32_t smem, uint32_t v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_shared_v2(uint32_t smem, uint2 v) { emulation::write_shared(smem, &v, sizeof v); }
 DEVICE void store_shared_v4(uint32_t smem, uint4 v) { emulation::write_shared(smem, &v, sizeof v); }
+DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  emulation::store_matrix(smem, a, b, c, d);
+}
 DEVICE void store_transposed_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   emulation::store_transposed(smem, a, b, c, d);
 }
@@ -122,13 +127,16 @@ DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
 }
 DEVICE void wgmma_fence() { emulation::fence_wgmma(); }
 DEVICE void wgmma_commit() { emulation::commit_wgmma(); }
-DEVICE void wgmma_wait() { emulation::wait_wgmma(); }
+template <int kPending = 0>
+DEVICE void wgmma_wait() {
+  emulation::wait_wgmma(kPending);
+}
 DEVICE void hide(int&) {}
 template <int kCount>
 DEVICE void register_fence(float (&)[kCount]) {}
 template <int kCount>
 DEVICE void wgmma_m64k32_e4m3(float (&d)[kCount], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(kCount % 8 == 0 && kCount <= 64);
+  static_assert(kCount % 4 == 0 && kCount <= 64);
   emulation::issue_wgmma(d, 2 * kCount, a, b, accumulate);
 }
 
