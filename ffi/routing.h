@@ -21,6 +21,7 @@ enum class RoutingMethodType : int64_t {
 inline constexpr int64_t kMaxRoutedExperts = 2048;
 
 // One line a field. bias_dtype kNone: no bias. n_group and topk_group are 1 where experts are not grouped.
+// enable_pdl: the kernel may start before the one before it has ended.
 #define JAX_MOE_ROUTING_FIELDS(FIELD) \
   FIELD(num_tokens)                   \
   FIELD(num_experts)                  \
@@ -30,7 +31,8 @@ inline constexpr int64_t kMaxRoutedExperts = 2048;
   FIELD(topk_group)                   \
   FIELD(norm_topk_prob)               \
   FIELD(logits_dtype)                 \
-  FIELD(bias_dtype)
+  FIELD(bias_dtype)                   \
+  FIELD(enable_pdl)
 
 // Operands then results, in the order of the XLA custom call. Only DeepSeekV3 and MiniMax2 read the bias.
 #define JAX_MOE_ROUTING_BUFFERS(BUFFER)                                        \

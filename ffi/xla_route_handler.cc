@@ -14,7 +14,7 @@ namespace jax_moe {
 namespace {
 
 struct RouteAttributes {
-  int64_t method, n_group, topk_group, norm_topk_prob;
+  int64_t method, n_group, topk_group, norm_topk_prob, enable_pdl;
   double routed_scaling_factor;
 };
 
@@ -24,6 +24,7 @@ struct RouteAttributes {
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_moe::RouteAttributes, ffi::StructMember<int64_t>("method"),
                                       ffi::StructMember<int64_t>("n_group"), ffi::StructMember<int64_t>("topk_group"),
                                       ffi::StructMember<int64_t>("norm_topk_prob"),
+                                      ffi::StructMember<int64_t>("enable_pdl"),
                                       ffi::StructMember<double>("routed_scaling_factor"));
 
 namespace jax_moe {
@@ -54,6 +55,7 @@ ffi::Error Handle(const RouteAttributes& attributes, const AnyBuffer& logits, co
   p.n_group = attributes.n_group;
   p.topk_group = attributes.topk_group;
   p.norm_topk_prob = attributes.norm_topk_prob;
+  p.enable_pdl = attributes.enable_pdl;
   p.logits_dtype = FloatType(logits.element_type());
   p.bias_dtype = bias.element_count() == 0 ? int64_t(DataType::kNone) : FloatType(bias.element_type());
   p.routed_scaling_factor = attributes.routed_scaling_factor;

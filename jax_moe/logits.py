@@ -116,6 +116,7 @@ def fp8_block_scale_moe(
         topk_group=topk_group,
         routed_scaling_factor=routed_scaling_factor,
         norm_topk_prob=norm_topk_prob,
+        enable_pdl=enable_pdl,
     )
     return fp8_block_scale_routed_moe(
         (ids, weights),

@@ -34,6 +34,7 @@ class RoutingProblem:
     norm_topk_prob: bool
     logits_dtype: DataType
     bias_dtype: DataType  # NONE also where the method does not read the bias
+    enable_pdl: bool
     routed_scaling_factor: float
 
     @staticmethod
@@ -48,6 +49,7 @@ class RoutingProblem:
         topk_group: Any = None,
         routed_scaling_factor: Any = None,
         norm_topk_prob: Any = True,
+        enable_pdl: Any = None,
     ) -> RoutingProblem:
         """The problem that the arrays and options state, checked completely."""
         if logits is None or len(logits.shape) != 2 or logits.dtype not in FLOATS:
@@ -83,6 +85,7 @@ class RoutingProblem:
             _flag(function, "norm_topk_prob", norm_topk_prob),
             DTYPES[logits.dtype],
             DTYPES[bias.dtype] if bias is not None and reads_bias else DataType.NONE,
+            enable_pdl is None or _flag(function, "enable_pdl", enable_pdl, "None, True or False"),
             1.0 if routed_scaling_factor is None else float(routed_scaling_factor),
         )
 
@@ -107,6 +110,7 @@ class RoutingProblem:
             "n_group": self.n_group,
             "topk_group": self.topk_group,
             "norm_topk_prob": int(self.norm_topk_prob),
+            "enable_pdl": int(self.enable_pdl),
             "routed_scaling_factor": self.routed_scaling_factor,
         }
 
@@ -137,7 +141,7 @@ def _groups(
     return groups, kept
 
 
-def _flag(function: str, argument: str, value: Any) -> bool:
+def _flag(function: str, argument: str, value: Any, expected: str = "True or False") -> bool:
     if not isinstance(value, numbers.Integral) or value not in (0, 1):
-        raise invalid(function, argument, "True or False", repr(value))
+        raise invalid(function, argument, expected, repr(value))
     return bool(value)

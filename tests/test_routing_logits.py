@@ -189,6 +189,17 @@ def test_the_kernel_routes_as_the_reference(emulator: emulated.Emulator, case: C
         logits.assert_routed(case, given, emulated_routing.route(emulator, case.problem(), arrays, seed))
 
 
+@pytest.mark.skipif(bool(emulated.missing_compiler()), reason=str(emulated.missing_compiler()))
+@pytest.mark.parametrize("enable_pdl", [True, False])
+def test_the_kernel_overlaps_when_it_may(emulator: emulated.Emulator, enable_pdl: bool) -> None:
+    case = Case(Method.MiniMax2)
+    given = case.arrays()
+    problem = dataclasses.replace(case.problem(), enable_pdl=enable_pdl)
+    arrays = dict(zip(("routing_logits", "routing_bias"), given, strict=True))
+    logits.assert_routed(case, given, emulated_routing.route(emulator, problem, arrays))
+    assert emulator.launches() == (1, int(enable_pdl))
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logits": Array((4, 64), "float16")}, r"routing_logits must be float32 or bfloat16 \[num_tokens, num_experts\]"),
@@ -218,6 +229,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"routed_scaling_factor": math.nan}, "routed_scaling_factor must be None or a finite number, got nan"),
     ({"norm_topk_prob": None}, "norm_topk_prob must be True or False, got None"),
     ({"norm_topk_prob": 2}, "norm_topk_prob must be True or False, got 2"),
+    ({"enable_pdl": 2}, "enable_pdl must be None, True or False, got 2"),
 ]
 
 

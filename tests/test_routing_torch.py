@@ -30,7 +30,7 @@ ROUTING = Case(Method.DeepSeekV3, LAYER.tokens, LAYER.experts, LAYER.top_k, 2, 1
 
 
 def route(case: Case, routing_logits: Any, bias: Any) -> Any:
-    options = {"num_experts": case.num_experts, **case.options()}
+    options = {"num_experts": case.num_experts, "enable_pdl": True, **case.options()}
     integers = [int(options[name] or 0) for name in OPTIONS]
     return route_logits(routing_logits, bias, integers, case.routed_scaling_factor)
 
@@ -54,7 +54,7 @@ def test_the_op_routes_as_the_reference(case: Case) -> None:
 
 def test_the_op_passes_torchs_own_checks() -> None:
     routing_logits, bias = tensors(GROUPED)
-    torch.library.opcheck(route_logits, (routing_logits, bias, [64, 4, 8, 4, 2, 1], 2.5))
+    torch.library.opcheck(route_logits, (routing_logits, bias, [64, 4, 8, 4, 2, 1, 1], 2.5))
 
 
 def test_names_order_and_defaults_are_the_documented_ones() -> None:
@@ -147,6 +147,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 9}, "top_k must be an integer in"),
     ({"norm_topk_prob": "yes"}, "norm_topk_prob must be True or False, got 'yes'"),
     ({"norm_topk_prob": 3}, "norm_topk_prob must be True or False, got 3"),
+    ({"enable_pdl": 2}, "enable_pdl must be None, True or False, got 2"),
     ({"routed_scaling_factor": "2"}, "routed_scaling_factor must be None or a finite number, got '2'"),
     ({"routing_method_type": 9}, "routing_method_type must be one of the methods"),
     ({"n_group": 3}, "n_group must be a positive divisor"),

@@ -27,7 +27,8 @@ from .ops import LIBRARY, TAGS
 
 FUNCTION = "trtllm_fp8_block_scale_moe"
 CALLS, OP_CALLS = Calls(), Calls()  # of the function and of the op
-OPTIONS = ("num_experts", "top_k", "n_group", "topk_group", "routing_method_type", "norm_topk_prob")
+OPTIONS = ("num_experts", "top_k", "n_group", "topk_group", "routing_method_type", "norm_topk_prob", "enable_pdl")
+FLAGS = {"norm_topk_prob": "True or False", "enable_pdl": "None, True or False"}  # of OPTIONS
 
 
 def trtllm_fp8_block_scale_moe(
@@ -102,6 +103,7 @@ def trtllm_fp8_block_scale_moe(
         topk_group,
         routing_method_type,
         norm_topk_prob,
+        enable_pdl,
         routed_scaling_factor,
     )
     ids, weights = _route(given, options)
@@ -200,9 +202,11 @@ def _integers(values: Sequence[Any]) -> list[int]:
             value = getattr(RoutingMethodType, value.name, value) if name == "routing_method_type" else value
         elif value is None and name in ("n_group", "topk_group"):
             value = 0
-        is_flag = name == "norm_topk_prob"
-        if not isinstance(value, (int, torch.SymInt)) or (isinstance(value, bool) and not is_flag):
-            raise invalid(FUNCTION, name, "True or False" if is_flag else "an integer", repr(value))
+        elif value is None and name == "enable_pdl":
+            value = True
+        expected = FLAGS.get(name)
+        if not isinstance(value, (int, torch.SymInt)) or (isinstance(value, bool) and not expected):
+            raise invalid(FUNCTION, name, expected or "an integer", repr(value))
         integers.append(int(value))
     return integers
 

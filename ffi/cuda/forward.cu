@@ -43,7 +43,8 @@ Status Route(const Call& c) {
   r.m_blocks = c.workspace.m_blocks;
   r.expert_weights =
       r.slots.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
-  LaunchShape shape{unsigned(r.num_chunks), kRouteThreads, unsigned(route_shared_bytes(r.slots.local_num_experts))};
+  const LaunchShape shape{unsigned(r.num_chunks), kRouteThreads,
+                          unsigned(route_shared_bytes(r.slots.local_num_experts)), true};
   LaunchShape first = shape;
   if (c.p.hidden_states_are_bf16()) {
     r.tokens = c.quantize_tokens(int(c.p.hidden_size / kScaleBlock));
@@ -59,7 +60,6 @@ Status Route(const Call& c) {
   }
   if (r.num_chunks == 1) return Launch("route_scatter", route_scatter, first, c.stream, r);
   if (Status s = Launch("route_count", route_count, first, c.stream, r); !s.ok()) return s;
-  shape.overlap_previous = true;
   return Launch("route_scatter", route_scatter, shape, c.stream, r);
 }
 

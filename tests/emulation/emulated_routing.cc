@@ -18,6 +18,7 @@ extern "C" int emulated_route_logits(const int64_t* fields, double routed_scalin
   JAX_MOE_ROUTING_BUFFERS(BUFFER)
 #undef BUFFER
   emulation::settings.seed = seed;
+  emulation::launches = {};
   emulation::forget_earlier_kernels();
   const jax_moe::Status status = jax_moe::cuda::RouteLogits(problem, buffers, 0, nullptr);
   std::snprintf(message, message_bytes, "%s", status.message.c_str());

@@ -43,7 +43,7 @@ def test_results_are_the_same_on_every_run_and_for_every_number_of_tokens(cuda: 
 def torch_call(case: Case, given: tuple[Any, Any]) -> Any:
     from torch_facade.logits import OPTIONS, route_logits
 
-    options = {"num_experts": case.num_experts, **case.options()}
+    options = {"num_experts": case.num_experts, "enable_pdl": True, **case.options()}
     return route_logits(*given, [int(options[name] or 0) for name in OPTIONS], case.routed_scaling_factor)
 
 

@@ -177,6 +177,12 @@ DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) {
       : "=r"(lo), "=r"(hi)
       : "r"(codes));
 }
+// 1 / x but for the last bit.
+DEVICE float approximate_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 
 // ---- kernels that overlap (programmatic dependent launch)
 // ------------------------------------------------------------
@@ -229,6 +235,10 @@ DEVICE void wgmma_wait() {
 }
 // Keeps the compiler from computing ahead of a loop, and holding in registers, what depends on x.
 DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
+template <class T>
+DEVICE void hide(const T*& x) {
+  asm volatile("" : "+l"(x));
+}
 // Keeps the compiler from moving accesses of accumulators across this point.
 template <int kCount>
 DEVICE void register_fence(float (&x)[kCount]) {

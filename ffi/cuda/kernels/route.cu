@@ -36,7 +36,7 @@ DEVICE void count_chunk(const RouteParameters& p, int64_t first, int* counts) {
   __syncthreads();
   const int begin = blockIdx.x * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
   for (int i = begin + threadIdx.x; i < end; i += kRouteThreads) {
-    const int e = p.slots.local_expert(p.slots.topk_ids[i], first);
+    const int e = p.slots.local_expert(__ldcg(p.slots.topk_ids + i), first);
     if (e >= 0) atomicAdd(&counts[e], 1);
   }
   __syncthreads();
@@ -169,7 +169,7 @@ DEVICE void place_chunk(const RouteParameters& p, int64_t first, int* next) {
   const int begin = blockIdx.x * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
   for (int base = begin; base < end; base += kRouteThreads) {
     const int i = base + threadIdx.x;
-    const int element = i < end ? p.slots.topk_ids[i] : -1;
+    const int element = i < end ? __ldcg(p.slots.topk_ids + i) : -1;
     const int row = place.row(p.slots.local_expert(element, first), experts, min(kWarps, (end - base + 31) / 32));
     if (i < end) {
       p.expanded_idx_to_permuted_idx[i] = row;

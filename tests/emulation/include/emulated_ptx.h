@@ -105,6 +105,7 @@ DEVICE void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a
   emulation::multiply_f16(d, {{a0, a1, a2, a3, b0, b1}});
 }
 DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) { emulation::decode_e4m3x4(codes, lo, hi); }
+DEVICE float approximate_reciprocal(float x) { return 1.f / x; }
 
 DEVICE void wait_for_previous_kernel() { emulation::wait_for_earlier_kernels(); }
 DEVICE void let_next_kernel_start() { emulation::start_next_kernel(); }
@@ -132,6 +133,8 @@ DEVICE void wgmma_wait() {
   emulation::wait_wgmma(kPending);
 }
 DEVICE void hide(int&) {}
+template <class T>
+DEVICE void hide(const T*&) {}
 template <int kCount>
 DEVICE void register_fence(float (&)[kCount]) {}
 template <int kCount>
