@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ class Variants:
         every["no overlap of kernels"] = [self._routed(i, self._weights, {"enable_pdl": False}) for i in sets]
         if self._cell.tokens <= 64:
             every["batch invariant"] = [self._routed(i, self._weights, {"batch_invariant": True}) for i in sets]
+            mx, options = self._layouts["MxFp8 1x32"]
+            every["MxFp8, batch invariant"] = [self._routed(i, mx, {**options, "batch_invariant": True}) for i in sets]
         for method in (facade.RoutingMethodType.Renormalize, facade.RoutingMethodType.DeepSeekV3):
             every[f"logits, {method.name}"] = [self._from_logits(i, method) for i in sets]
         return every
@@ -165,6 +168,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What each option of a call costs, beside the plain call.")
     parser.add_argument("--cells", default=CELLS, help="like qwen3_30b:16,dsv3_e32:4096: a shape and its tokens")
+    parser.add_argument("--variants", default="", help="a regular expression: the plain call and those it is found in")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     device = open_device("gpu")
@@ -177,7 +181,8 @@ def main() -> None:
         weights = whole_layer(device, shape, 0)
         layouts = weight_layouts(weights)
         for cell in (cell for cell in cells if cell.shape == shape):
-            calls = Variants(cell, weights, layouts, device).calls()
+            every = Variants(cell, weights, layouts, device).calls()
+            calls = {name: one for name, one in every.items() if name == PLAIN or re.search(options.variants, name)}
             medians = medians_by_turns([CudaGraph(one) for one in calls.values()], ROUNDS, REPEATS, PAUSE)
             us = {name: 1e6 * seconds for name, seconds in zip(calls, medians, strict=True)}
             results.append({"shape": shape.name, "tokens": cell.tokens, "us": us})

@@ -175,7 +175,7 @@ DEVICE void finish(const Epilogue& epilogue, Shared& shared, const WarpgroupCont
 template <int kMost, int kTokens = 16, class Use>
 DEVICE void with_tokens(int tokens, const Use& use) {
   if constexpr (kTokens < kMost) {
-    if (tokens > kTokens) return with_tokens<kMost, kTokens + 16>(tokens, use);
+    if (tokens > kTokens) return with_tokens<kMost, kTokens == 16 ? 32 : kTokens + 32>(tokens, use);
   }
   use(std::integral_constant<int, kTokens>());
 }

@@ -101,111 +101,153 @@ struct MxFormat {
 
   static constexpr int kNarrowTokens = kBlockM;
 
-  // sums += this warpgroup's 64 rows of each half times kTokens tokens, in steps of 32 of K and as many tokens as
-  // registers allow. The second half is multiplied while the first is added.
+  // sums += this warpgroup's 64 rows of each half times kTokens tokens, in steps of 32 of K, a half and up to 64 tokens.
+  // Each is multiplied while the one before is added.
   template <int kTokens, class Release>
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                      const Release& release) {
+    constexpr int kParts = kTokens > kStepTokens ? 2 : 1, kCount = kTokens / kParts;
     Operands from(stage, wg);
-    const bool far = __any_sync(~0u, from.far());
-    uint32_t factors = smem_address(&stage.factor[0][2 * wg.quad()]);
+    if (__builtin_expect(from.far(stage, wg), 0)) {
+      multiply_far<kTokens>(from, sums);
+      release();
+      return;
+    }
+    if constexpr (kTokens <= kFewTokens) {  // all of them, then one after the other is added: little latency a stage
+      float acc[kMxScales * 2][kTokens / 2];
+#pragma unroll
+      for (int i = 0; i < kMxScales * 2; ++i) from.start(acc[i], i / 2, i % 2, 0);
+#pragma unroll
+      for (int i = 0; i < kMxScales * 2; ++i) {
+        wait_for_one_of(kMxScales * 2 - i);
+        promote(acc[i], from.row(i / 2, i % 2), from.factors + i / 2 * kBlockM * 4, sums[i % 2]);
+      }
+    } else {
 #pragma unroll 1
-    for (int s = 0; s < kMxScales; ++s, factors += kBlockM * 4, from.advance())
-      for_parts<kTokens>(std::make_integer_sequence<int, Part<kTokens, 0>::kParts>(), [&](auto part) {
-        using At = Part<kTokens, decltype(part)::value>;
-        float acc[2][At::count / 2];
-        register_fence(acc[0]);
-        register_fence(acc[1]);
-        wgmma_fence();
+      for (int s = 0; s < kMxScales; ++s, from.advance()) {
+        float acc[2][kCount / 2];
+        from.start(acc[0], 0, 0, 0);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          wgmma_m64k32_e4m3(acc[half], from.weights + half * (kHalfRows * kBlockK / 16),
-                            from.tokens + At::first * (kBlockK / 16), 0);
-          wgmma_commit();
+        for (int step = 0; step < 2 * kParts; ++step) {
+          const int half = step % 2, first = step / 2 * kCount;
+          if (step + 1 < 2 * kParts) {
+            from.start(acc[1 - half], 0, 1 - half, (step + 1) / 2 * kCount);
+            wgmma_wait<1>();
+          } else {
+            wgmma_wait();
+          }
+          promote(acc[half], from.row(0, half), from.factors + first * 4, &sums[half][first / 2]);
         }
-        register_fence(acc[0]);
-        register_fence(acc[1]);
-        float of_token[At::count / 4];  // in the shadow of the wgmmas
-#pragma unroll
-        for (int j = 0; j < At::count / 8; ++j) {
-          const float2 two = load_shared_f32x2(factors + At::first * 4 + 32 * j);
-          of_token[2 * j] = two.x, of_token[2 * j + 1] = two.y;
-        }
-        wgmma_wait<1>();
-        promote(acc[0], from.row(0), of_token, &sums[0][At::first / 2], far);
-        wgmma_wait();
-        promote(acc[1], from.row(1), of_token, &sums[1][At::first / 2], far);
-      });
+      }
+    }
     release();
   }
 
  private:
-  static constexpr int kStepTokens = 48;
-  // Of 32 products e4m3 each, acc is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale it is a
+  static constexpr int kStepTokens = 64, kFewTokens = 32;
+  // Of 32 products e4m3 each, a sum is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale it is a
   // float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to the other side.
   static constexpr float kFarScale = 0x1p104f, kShift = 0x1p40f, kLargest = 0x1p127f;
 
-  // Tokens of a step: `count` from `first` on.
-  template <int kTokens, int kPart>
-  struct Part {
-    static constexpr int kParts = (kTokens + kStepTokens - 1) / kStepTokens, kGroups = kTokens / 8;
-    static constexpr int first = kPart * kGroups / kParts * 8, count = (kPart + 1) * kGroups / kParts * 8 - first;
-  };
-  template <int kTokens, int... kParts, class Use>
-  static DEVICE void for_parts(std::integer_sequence<int, kParts...>, const Use& use) {
-    (use(std::integral_constant<int, kParts>()), ...);
-  }
-
   struct Operands {
     uint64_t tokens, weights;
+    uint32_t factors;     // of this thread's tokens
     uint32_t word[2][2];  // of a half and this thread's row v
 
     DEVICE Operands(const Stage& stage, const WarpgroupContext& wg)
         : tokens(wgmma_descriptor(smem_address(stage.tokens))),
-          weights(wgmma_descriptor(smem_address(stage.weights[0]) + wg.index * kWarpgroupRows * kBlockK)) {
+          weights(wgmma_descriptor(smem_address(stage.weights[0]) + wg.index * kWarpgroupRows * kBlockK)),
+          factors(smem_address(&stage.factor[0][2 * wg.quad()])) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         word[i / 2][i % 2] = load_shared_u32(smem_address(
             &stage.weight_words[i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8]));
     }
-    // Whether a scale is above kFarScale.
-    DEVICE bool far() const {
+    // Whether a scale of the warpgroup's rows is above kFarScale. NOTE: of all, since its warps multiply together.
+    DEVICE bool far(const Stage& stage, const WarpgroupContext& wg) const {
+      const uint4 v = load_shared_v4(smem_address(
+          &stage.weight_words[wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + wg.lane() % 16 * 4]));
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
       uint32_t any = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t w = word[i / 2][i % 2];
-        any |= ((w & 0x7F7F7F7F) + 0x18181818) & w;  // the high bit of bytes from 232 on
-      }
-      return any & 0x80808080;
+      for (int i = 0; i < 4; ++i)
+        any |= ((words[i] & 0x7F7F7F7F) + 0x18181818) & words[i];  // the high bit of bytes from 232 on
+      return __any_sync(~0u, (any & 0x80808080) != 0);
     }
     // The scales of this thread's two rows of a half.
-    DEVICE float2 row(int half) const { return make_float2(mx_scale(word[half][0], 0), mx_scale(word[half][1], 0)); }
+    DEVICE float2 row(int s, int half) const {
+      return make_float2(mx_scale(word[half][0], s), mx_scale(word[half][1], s));
+    }
+    // d = the products of 32 of K, s times 32 further, a half and some tokens from `first` on, once they are there.
+    template <int kCount>
+    DEVICE void start(float (&d)[kCount], int s, int half, int first) const {
+      register_fence(d);
+      wgmma_fence();
+      wgmma_m64k32_e4m3(d, weights + 2 * s + half * (kHalfRows * kBlockK / 16), tokens + 2 * s + first * (kBlockK / 16), 0);
+      wgmma_commit();
+      register_fence(d);
+    }
     // To the next 32 of K.
     DEVICE void advance() {
-      tokens += 2, weights += 2;
+      tokens += 2, weights += 2, factors += kBlockM * 4;
 #pragma unroll
       for (int i = 0; i < 4; ++i) word[i / 2][i % 2] >>= 8;
     }
   };
 
-  // sums += acc * row * token.
+  // Until the first of `started` groups has ended.
+  static DEVICE void wait_for_one_of(int started) {
+    switch (started) {
+      case 8: return wgmma_wait<7>();
+      case 7: return wgmma_wait<6>();
+      case 6: return wgmma_wait<5>();
+      case 5: return wgmma_wait<4>();
+      case 4: return wgmma_wait<3>();
+      case 3: return wgmma_wait<2>();
+      case 2: return wgmma_wait<1>();
+      default: return wgmma_wait();
+    }
+  }
+
+  // sums += acc * scale of the row * scale of the token.
   template <int kCount>
-  static DEVICE void promote(float (&acc)[kCount], float2 row, const float (&of_token)[kCount / 2], float* sums,
-                             bool far) {
+  static DEVICE void promote(float (&acc)[kCount], float2 row, uint32_t factors, float* sums) {
     register_fence(acc);
-    if (__builtin_expect(far, 0)) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const float scale = i / 2 % 2 == 0 ? row.x : row.y;
-        const bool shift = scale > kFarScale;
-        float token = of_token[i / 4 * 2 + i % 2] * (shift ? kShift : 1.f);
-        token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
-        sums[i] = __fmaf_rn(acc[i] * (shift ? scale / kShift : scale), token, sums[i]);
+    for (int i = 0; i < kCount; i += 4) {
+      const float2 token = load_shared_f32x2(factors + 8 * i);
+      sums[i] = __fmaf_rn(acc[i] * row.x, token.x, sums[i]);
+      sums[i + 1] = __fmaf_rn(acc[i + 1] * row.x, token.y, sums[i + 1]);
+      sums[i + 2] = __fmaf_rn(acc[i + 2] * row.y, token.x, sums[i + 2]);
+      sums[i + 3] = __fmaf_rn(acc[i + 3] * row.y, token.y, sums[i + 3]);
+    }
+  }
+
+  // The same where a row's scale is far.
+  template <int kTokens>
+  static DEVICE void multiply_far(Operands from, float (&sums)[2][64]) {
+    float acc[8];
+#pragma unroll 1
+    for (int s = 0; s < kMxScales; ++s, from.advance()) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 row = from.row(0, half);
+#pragma unroll
+        for (int first = 0; first < kTokens; first += 16) {
+          from.start(acc, 0, half, first);
+          wgmma_wait();
+          register_fence(acc);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float scale = i / 2 % 2 == 0 ? row.x : row.y;
+            const bool shift = scale > kFarScale;
+            float token = load_shared_f32(from.factors + (first + i / 4 * 8 + i % 2) * 4) * (shift ? kShift : 1.f);
+            token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
+            float& sum = sums[half][first / 2 + i];
+            sum = __fmaf_rn(acc[i] * (shift ? scale / kShift : scale), token, sum);
+          }
+        }
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        sums[i] = __fmaf_rn(acc[i] * (i / 2 % 2 == 0 ? row.x : row.y), of_token[i / 4 * 2 + i % 2], sums[i]);
     }
   }
 };
