@@ -40,6 +40,7 @@ Status Route(const Call& c) {
   r.expert_offsets = c.workspace.expert_offsets;
   r.num_m_blocks = c.workspace.num_m_blocks;
   r.drawn_tiles = c.workspace.drawn_tiles;
+  r.most_tail_rows = c.p.mx() ? 0 : kMostTailRows;
   r.m_blocks = c.workspace.m_blocks;
   r.expert_weights =
       r.slots.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;

@@ -22,6 +22,8 @@ constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
 constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 72 * 1024, kGemm2LoneRingBytes = 96 * 1024;
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
 constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6, kLeastHBuffers = 5;
+// Local slots to expect, beyond which the grouped kernels are level or faster.
+constexpr int64_t kMostExpectedSlots = 64;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 constexpr int kMostTokenElements = 16 * 1024;
 // NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
@@ -52,6 +54,7 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   DecodeConfig d{};
   const int64_t tokens = p.num_tokens;
   if (!MayDecode(p) || tokens < 1 || tokens > kMaxDecodeTokens || p.expanded_rows() > kMaxDecodeSlots) return d;
+  if (p.expanded_rows() * p.local_num_experts > kMostExpectedSlots * p.num_experts) return d;
   d.token_tiles = int(CeilDiv(tokens, 8));
   d.slice_columns = 16;
   for (int columns : {32, 64, 128})

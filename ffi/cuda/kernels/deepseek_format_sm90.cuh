@@ -12,10 +12,11 @@ struct DeepSeekFormat {
   using Scales = TokenScales;
   static constexpr int kStages = 4, kInFlight = 2;
   static constexpr int kArrivalsOfScales = 1;  // of a thread that feeds scales beside TMA
-  struct Stage {
-    uint8_t tokens[kBlockM * kBlockK];
+  static constexpr int kMaxTokens = kBlockM + kMostTailRows;  // of a tile
+  struct alignas(1024) Stage {
+    uint8_t tokens[kMaxTokens * kBlockK];
     uint8_t weights[2][kHalfRows * kBlockK];
-    float factor[2][kBlockM];  // of a half and a token: the scales' product
+    float factor[2][kMaxTokens];  // of a half and a token: the scales' product
   };
 
   template <int kThreads>
@@ -29,34 +30,34 @@ struct DeepSeekFormat {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = tile.expert * shape_.rows_per_expert + b_row(shape_, tile, half);
-        at_[half] = shape_.b_scale + int64_t(row / 128) * shape_.k_blocks;
-        now_[half] = __ldg(at_[half]);
-        next_[half] = __ldg(at_[half] + min(1, shape_.k_blocks - 1));
+        at_[half] = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
+        scale_[half] = load(half, 0);
       }
     }
     DEVICE void put(Stage& stage, int k) {
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
         const float scale = tokens_.take(i, k, shape_.k_blocks);
-        if (tokens_.token(i) >= kBlockM) break;
+        if (tokens_.token(i) >= kMaxTokens) break;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) stage.factor[half][tokens_.token(i)] = scale * now_[half];
+        for (int half = 0; half < 2; ++half) stage.factor[half][tokens_.token(i)] = scale * scale_[half];
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        now_[half] = next_[half];
-        next_[half] = __ldg(at_[half] + min(k + 2, shape_.k_blocks - 1));
+        scale_[half] = load(half, min(k + 1, shape_.k_blocks - 1));
       }
     }
     // Says, beside TMA, that the stage has its scales.
     static DEVICE void arrive(uint32_t full) { mbarrier_arrive(full); }
 
    private:
-    static constexpr int kTokens = (kBlockM + kThreads - 1) / kThreads;
+    static constexpr int kTokens = (kMaxTokens + kThreads - 1) / kThreads;
+    DEVICE float load(int half, int k) const { return __ldg(shape_.b_scale + (at_[half] + uint32_t(k))); }
+
     TokenScaleReader<kTokens, kThreads> tokens_;
     const GemmShape& shape_;
-    const float* at_[2];
-    float now_[2], next_[2];
+    uint32_t at_[2];  // in b_scale; no pointers, for registers' sake
+    float scale_[2];
   };
 
   // Wide tiles: sums += this warpgroup's 64 tokens times all rows. One accumulator serves the two halves.
@@ -88,13 +89,13 @@ struct DeepSeekFormat {
     }
   }
 
-  // Narrow tiles: sums += this warpgroup's 64 rows of each half times kTokens tokens. The second half is multiplied while
-  // the first is added.
+  // Narrow tiles: sums += this warpgroup's 64 rows of each half times kTokens tokens from `first` on. The second half is
+  // multiplied while the first is added.
   static constexpr int kNarrowTokens = 64;
-  template <int kTokens, class Release>
-  static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
-                                     const Release& release) {
-    const uint64_t tokens = wgmma_descriptor(smem_address(stage.tokens));
+  template <int kTokens, int kSums, class Release>
+  static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][kSums],
+                                     const Release& release, int first = 0) {
+    const uint64_t tokens = wgmma_descriptor(smem_address(stage.tokens) + first * kBlockK);
     float acc[2][kTokens / 2];
     register_fence(acc[0]);
     register_fence(acc[1]);
@@ -110,25 +111,24 @@ struct DeepSeekFormat {
     register_fence(acc[0]);
     register_fence(acc[1]);
     wgmma_wait<1>();
-    add<kTokens>(stage, wg, acc[0], 0, sums);
+    add(&stage.factor[0][first], wg, acc[0], sums[0]);
     wgmma_wait();
-    add<kTokens>(stage, wg, acc[1], 1, sums);
+    add(&stage.factor[1][first], wg, acc[1], sums[1]);
     release();
   }
 
  private:
-  template <int kTokens>
-  static DEVICE void add(const Stage& stage, const WarpgroupContext& wg, float (&acc)[kTokens / 2], int half,
-                         float (&sums)[2][64]) {
+  template <int kCount>
+  static DEVICE void add(const float* factors, const WarpgroupContext& wg, float (&acc)[kCount], float* sums) {
     register_fence(acc);
-    const uint32_t factors = smem_address(&stage.factor[half][2 * wg.quad()]);
+    const uint32_t from = smem_address(factors + 2 * wg.quad());
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      const float2 factor = load_shared_f32x2(factors + 32 * j);
-      sums[half][4 * j] += factor.x * acc[4 * j];
-      sums[half][4 * j + 1] += factor.y * acc[4 * j + 1];
-      sums[half][4 * j + 2] += factor.x * acc[4 * j + 2];
-      sums[half][4 * j + 3] += factor.y * acc[4 * j + 3];
+    for (int i = 0; i < kCount; i += 4) {
+      const float2 factor = load_shared_f32x2(from + 8 * i);
+      sums[i] += factor.x * acc[i];
+      sums[i + 1] += factor.y * acc[i + 1];
+      sums[i + 2] += factor.x * acc[i + 2];
+      sums[i + 3] += factor.y * acc[i + 3];
     }
   }
 };

@@ -11,11 +11,13 @@ template <class Epilogue, int kMaxTokens>
 struct NarrowActivation {
   static constexpr bool kMx = Epilogue::kMx;
   static constexpr int kGroups = kMaxTokens / 8;
+  static_assert(kMaxTokens % 32 == 0, "tokens are staged 32 at a time");
   const Epilogue& p;
   typename Epilogue::Shared& shared;
   const WarpgroupContext& wg;
 
-  DEVICE void run(float (&sums)[2][64], const Tile& tile) const {
+  template <int kSums>
+  DEVICE void run(float (&sums)[2][kSums], const Tile& tile) const {
     if (p.shuffled)
       run_as<true>(sums, tile);
     else
@@ -23,8 +25,8 @@ struct NarrowActivation {
   }
 
  private:
-  template <bool kShuffled>
-  DEVICE void run_as(float (&sums)[2][64], const Tile& tile) const {
+  template <bool kShuffled, int kSums>
+  DEVICE void run_as(float (&sums)[2][kSums], const Tile& tile) const {
     with_activation(p.activation, tile.expert, [&](const auto& function) {
       constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
       constexpr Order kOrder = !kShuffled  ? Order::kPlain
@@ -50,8 +52,8 @@ struct NarrowActivation {
   }
 
   // The halves' columns begin at column[0] and column[1]. kTurns: the up rows' and the gate rows' do.
-  template <Order kOrder>
-  DEVICE void add_lora(float (&sums)[2][64], const int64_t (&column)[2], bool second) const {
+  template <Order kOrder, int kSums>
+  DEVICE void add_lora(float (&sums)[2][kSums], const int64_t (&column)[2], bool second) const {
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
       if (8 * j >= wg.tokens) break;
@@ -73,8 +75,8 @@ struct NarrowActivation {
   }
 
   // sums[0] = the activation of up and gate: sums[0] and sums[1], or by turns v = 0 and 1 of each.
-  template <Order kOrder, class Function>
-  DEVICE void activate(const Function& function, float (&sums)[2][64]) const {
+  template <Order kOrder, class Function, int kSums>
+  DEVICE void activate(const Function& function, float (&sums)[2][kSums]) const {
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
       if (8 * j >= wg.tokens) break;
@@ -102,7 +104,7 @@ struct NarrowActivation {
   // Of this warp's 16 rows. What each thread has of 16 tokens, four values, is reduced over the eight lanes that have the
   // same tokens; in the end each has one token.
   template <Order kOrder>
-  DEVICE void stage_magnitudes(const float (&a)[64]) const {
+  DEVICE void stage_magnitudes(const float* a) const {
     const int lane = wg.lane();
     const bool upper = lane & 16, odd = lane & 8;
 #pragma unroll
@@ -164,7 +166,7 @@ struct NarrowActivation {
 
   // Stores 128 columns of activations from `column` on, with the other warpgroup.
   template <Order kOrder>
-  DEVICE void requantise(const float (&a)[64], int64_t column) const {
+  DEVICE void requantise(const float* a, int64_t column) const {
     wg.sync();  // what was staged before has been read
     stage_magnitudes<kOrder>(a);
     sync_scales();
@@ -207,7 +209,8 @@ struct NarrowBf16 {
   const Epilogue& p;
   const WarpgroupContext& wg;
 
-  DEVICE void run(const float (&sums)[2][64], const Tile& tile) const {
+  template <int kSums>
+  DEVICE void run(const float (&sums)[2][kSums], const Tile& tile) const {
     if (p.shuffled)
       run_as<Epilogue::kShuffledOrder>(sums, tile);
     else
@@ -218,8 +221,8 @@ struct NarrowBf16 {
   static constexpr int kChunkTokens = 32;
   static constexpr int kBufferBytes = kChunkTokens * kWarpgroupRows * 2;  // the staging memory is two of them
 
-  template <Order kOrder>
-  DEVICE void run_as(const float (&sums)[2][64], const Tile& tile) const {
+  template <Order kOrder, int kSums>
+  DEVICE void run_as(const float (&sums)[2][kSums], const Tile& tile) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t first = int64_t(tile.column) * 256 + half * kHalfRows;

@@ -14,7 +14,7 @@ namespace jax_moe::cuda {
 
 inline constexpr int kGemmThreads = (kMathWarpgroups + 1) * 128;
 inline constexpr int kGatherThreads = 96, kScaleThreads = 64;  // of the producer warpgroup, the last ones
-inline constexpr int kBoxRows = 32;                            // of tokens: a tile of few loads few
+inline constexpr int kBoxRows = 16;                            // of tokens: a tile of few loads few
 
 // Where GEMM1's token rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
 struct GatherA {
@@ -24,7 +24,7 @@ struct GatherA {
 
 template <class Format, class Epilogue>
 struct GemmSharedMemory {
-  static constexpr int kStages = Format::kStages, kInFlight = Format::kInFlight;
+  static constexpr int kStages = Format::kStages, kInFlight = Format::kInFlight, kMaxTokens = Format::kMaxTokens;
   using Cursor = PipelineCursor<kStages>;
   typename Format::Stage stages[kStages];
   uint8_t staging[kMathWarpgroups][kStagingBytes];
@@ -33,7 +33,7 @@ struct GemmSharedMemory {
   TileQueue tiles;
 };
 
-// GEMM2's tokens: boxes of 32 rows, as many as the tile needs.
+// GEMM2's tokens: boxes of 16 rows, as many as the tile needs.
 struct TmaTokens {
   const CUtensorMap* map;
 
@@ -112,7 +112,7 @@ DEVICE void feed_scales(Shared& shared, const GemmShape& shape, Feed feed) {
 template <class Shared, class Feed>
 DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, int thread, Feed feed) {
   constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kGatherThreads / 8;
-  constexpr int kPasses = (kBlockM + kRowsPerPass - 1) / kRowsPerPass;
+  constexpr int kMaxTokens = Shared::kMaxTokens, kPasses = (kMaxTokens + kRowsPerPass - 1) / kRowsPerPass;
   typename Shared::Cursor at, landed;
   int in_flight = 0;
   const auto announce = [&] {
@@ -130,7 +130,7 @@ DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, 
       const int row = min(pass_row + kRowsPerPass * i, tile.rows - 1);
       source[i] = uint32_t(__ldcg(rows.row_to_source + tile.row0 + row)) * uint32_t(shape.k_blocks * 8) + piece;
     }
-    feed.begin(tile, [&](int token) { return int64_t(__ldcg(rows.row_to_source + tile.row0 + token)); });
+    feed.begin(tile, [&](int token) { return __ldcg(rows.row_to_source + tile.row0 + token); });
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       shared.barriers.wait_empty(at);
       auto& stage = shared.stages[at.stage()];
@@ -138,7 +138,7 @@ DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, 
       for (int i = 0; i < kPasses; ++i) {
         const int row = pass_row + kRowsPerPass * i;
         // Rows past the tile's are left as they are: a column of D depends on its own token only.
-        if (kRowsPerPass * i < tile.rows && row < kBlockM)
+        if (kRowsPerPass * i < tile.rows && row < kMaxTokens)
           cp_async_16(smem_address(stage.tokens) + row * kBlockK + ((piece ^ (row & 7)) << 4),
                       rows.source + (uint64_t(source[i]) + k * 8) * 16);
       }
@@ -157,8 +157,8 @@ DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, 
 }
 
 // The epilogues of a format: GEMM1's and GEMM2's.
-template <bool kWide, int kMaxTokens, class Epilogue, class Shared>
-DEVICE void finish(const Epilogue& epilogue, Shared& shared, const WarpgroupContext& wg, float (&sums)[2][64],
+template <bool kWide, int kMaxTokens, class Epilogue, class Shared, int kSums>
+DEVICE void finish(const Epilogue& epilogue, Shared& shared, const WarpgroupContext& wg, float (&sums)[2][kSums],
                    const Tile& tile) {
   constexpr bool kIsActivation = sizeof(typename Epilogue::Shared) > 1;
   if constexpr (kIsActivation && kWide)
@@ -204,10 +204,23 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epi
     };
     if constexpr (kNarrowTokens < kBlockM) {
       if (tile.rows > kNarrowTokens) {
-        for_stages([&](const auto& stage) { Format::multiply_wide(stage, wg, sums, release); });
+        const int tail_tokens = tile.rows - kBlockM;
+        float tail[2][16] = {};
+        if (tail_tokens > 0)
+          for_stages([&](const auto& stage) {
+            Format::template multiply_narrow<kMostTailRows>(stage, wg, tail, [] {}, kBlockM);
+            Format::multiply_wide(stage, wg, sums, release);
+          });
+        else
+          for_stages([&](const auto& stage) { Format::multiply_wide(stage, wg, sums, release); });
+        if (tail_tokens > 0) {
+          wg.tokens = tail_tokens;
+          wg.row0 = tile.row0 + kBlockM;
+          finish<false, 32>(epilogue, shared, wg, tail, tile);
+        }
         wg.tokens = min(tile.rows - warpgroup * kWarpgroupRows, kWarpgroupRows);
         wg.row0 = tile.row0 + warpgroup * kWarpgroupRows;
-        finish<true, kNarrowTokens>(epilogue, shared, wg, sums, tile);
+        finish<true, 0>(epilogue, shared, wg, sums, tile);
         continue;
       }
     }
@@ -244,12 +257,12 @@ DEVICE void run_gemm1(const CUtensorMap* b_map, const GatherA& rows, const typen
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
   wait_for_previous_kernel();  // NOTE: before the next one may start: GEMM2 reads the tiles of the route before its own
   if (warpgroup == kMathWarpgroups) {
-    reduce_registers<72>();
+    reduce_registers<64>();
     if (thread == 0) produce(shared, GatheredTokens{}, b_map, shape, schedule);
     if (const int i = thread - (128 - kGatherThreads); i >= 0)
       gather(shared, rows, shape, i, typename Format::template Feed<kGatherThreads>(scales, shape, i));
   } else {
-    raise_registers<216>();
+    raise_registers<224>();
     multiply<Format>(shared, shape, epilogue, warpgroup, thread);
   }
 }

@@ -47,6 +47,7 @@ struct MxFormat {
   using Scales = MxScales;
   static constexpr int kStages = 4, kInFlight = 2;
   static constexpr int kArrivalsOfScales = 2;  // of a thread that feeds scales beside TMA: for tokens', for weights'
+  static constexpr int kMaxTokens = kBlockM;  // of a tile
   struct Stage {
     uint8_t tokens[kBlockM * kBlockK];
     uint8_t weights[2][kHalfRows * kBlockK];
@@ -125,18 +126,30 @@ struct MxFormat {
     } else {
 #pragma unroll 1
       for (int s = 0; s < kMxScales; ++s, from.advance()) {
-        float acc[2][kCount / 2];
+        float acc[2][kCount / 2], token[kCount / 4];
         from.start(acc[0], 0, 0, 0);
 #pragma unroll
         for (int step = 0; step < 2 * kParts; ++step) {
           const int half = step % 2, first = step / 2 * kCount;
+          if (half == 0) {
+#pragma unroll
+            for (int i = 0; i < kCount / 4; i += 2) {
+              const float2 two = load_shared_f32x2(from.factors + (first + 4 * i) * 4);
+              token[i] = two.x, token[i + 1] = two.y;
+            }
+          }
           if (step + 1 < 2 * kParts) {
             from.start(acc[1 - half], 0, 1 - half, (step + 1) / 2 * kCount);
             wgmma_wait<1>();
           } else {
             wgmma_wait();
           }
-          promote(acc[half], from.row(0, half), from.factors + first * 4, &sums[half][first / 2]);
+          register_fence(acc[half]);
+          const float2 row = from.row(0, half);
+          float* to = &sums[half][first / 2];
+#pragma unroll
+          for (int i = 0; i < kCount / 2; ++i)
+            to[i] = __fmaf_rn(acc[half][i] * (i / 2 % 2 == 0 ? row.x : row.y), token[i / 4 * 2 + i % 2], to[i]);
         }
       }
     }

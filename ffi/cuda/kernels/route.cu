@@ -52,6 +52,11 @@ DEVICE int sum_chunks(const RouteParameters& p, int expert, int num_chunks) {
                   (first + 2 < num_chunks ? v.z : 0) + (first + 3 < num_chunks ? v.w : 0));
 }
 
+DEVICE int num_blocks_of(const RouteParameters& p, int rows) {
+  const int full = rows / kBlockM, rest = rows - full * kBlockM;
+  return full + (rest > (full > 0 ? p.most_tail_rows : 0));
+}
+
 // Lists the row blocks of all experts. By one CTA; `counts` holds rows per expert, `warps` kWarps ints.
 DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warps) {
   const int per_thread = (p.slots.local_num_experts + kRouteThreads - 1) / kRouteThreads;
@@ -60,11 +65,11 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
   int rows = 0, blocks = 0, total_rows, total_blocks;
   for (int e = first; e < last; ++e) {
     rows += counts[e];
-    blocks += (counts[e] + kBlockM - 1) / kBlockM;
+    blocks += num_blocks_of(p, counts[e]);
   }
   int row = exclusive_sum(rows, warps, total_rows), block = exclusive_sum(blocks, warps, total_blocks);
   for (int e = first; e < last; ++e) {
-    const int count = counts[e], num_blocks = (count + kBlockM - 1) / kBlockM;
+    const int count = counts[e], num_blocks = num_blocks_of(p, count);
     p.expert_offsets[e] = row;
     for (int b = 0; b < num_blocks; ++b) {
       const int group = b / kBlocksPerGroup * kBlocksPerGroup;
@@ -72,7 +77,7 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
       m.row0 = row + b * kBlockM;
       m.expert = e;
       m.group_begin = block + group;
-      m.rows = int16_t(min(count - b * kBlockM, kBlockM));
+      m.rows = int16_t(b + 1 < num_blocks ? kBlockM : count - b * kBlockM);
       m.group_size = int16_t(min(num_blocks - group, kBlocksPerGroup));
       p.m_blocks[block + b] = m;
     }

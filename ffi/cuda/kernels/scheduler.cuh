@@ -10,7 +10,7 @@ namespace jax_moe::cuda {
 
 struct alignas(16) Tile {
   int row0;    // first permuted row
-  int rows;    // of tokens, 1..kBlockM; 0: there are no more tiles
+  int rows;    // of tokens, 1..kBlockM + kMostTailRows; 0: there are no more tiles
   int expert;  // local expert
   int column;  // column tile
 };
