@@ -111,7 +111,7 @@ DEVICE void feed_scales(Shared& shared, const GemmShape& shape, Feed feed) {
 // `full` for what it gathered when that has landed, up to kInFlight stages after asking for it.
 template <class Shared, class Feed>
 DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, int thread, Feed feed) {
-  constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kGatherThreads / 8;
+  constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kGatherThreads / 4;
   constexpr int kMaxTokens = Shared::kMaxTokens, kPasses = (kMaxTokens + kRowsPerPass - 1) / kRowsPerPass;
   typename Shared::Cursor at, landed;
   int in_flight = 0;
@@ -121,7 +121,8 @@ DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, 
     mbarrier_arrive(shared.barriers.full_address(landed.stage()));
     landed.advance();
   };
-  const int piece = thread % 8, pass_row = thread / 8;  // 16 bytes of a 128-byte row
+  // Two of a row's eight pieces of 16 bytes; neighbouring rows begin with other halves, for the sake of the banks.
+  const int pass_row = thread / 4, piece = thread % 4 + pass_row % 2 * 4;
   TileReader reader;
   for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
     uint32_t source[kPasses];  // in 16-byte pieces, so that 2^36 bytes are in reach
@@ -137,10 +138,11 @@ DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, 
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const int row = pass_row + kRowsPerPass * i;
-        // Rows past the tile's are left as they are: a column of D depends on its own token only.
-        if (kRowsPerPass * i < tile.rows && row < kMaxTokens)
-          cp_async_16(smem_address(stage.tokens) + row * kBlockK + ((piece ^ (row & 7)) << 4),
-                      rows.source + (uint64_t(source[i]) + k * 8) * 16);
+        if (row >= tile.rows) break;  // what is there is left as it is: what becomes of a token depends on itself only
+#pragma unroll
+        for (int second = 0; second < 8; second += 4)
+          cp_async_16(WarpgroupContext::swizzled(smem_address(stage.tokens), row, piece ^ second),
+                      rows.source + (uint64_t(source[i] ^ second) + k * 8) * 16);
       }
       feed.put(stage, k);
       cp_async_commit();
@@ -247,8 +249,8 @@ DEVICE Shared& prepare_gemm(uint32_t full_arrivals, uint32_t tile_readers) {
   return shared;
 }
 
-// What the warpgroups of the two kernels do. Gathering needs more registers in the producer than one TMA thread does;
-// the sum over three warpgroups must stay below 65536.
+// What the warpgroups of the two kernels do. NOTE: their registers, 2 x 224 + 56 a thread, are as many as a CTA of 384
+// threads is launched with; more would never be there.
 template <class Format, class Epilogue>
 DEVICE void run_gemm1(const CUtensorMap* b_map, const GatherA& rows, const typename Format::Scales& scales,
                       const GemmShape& shape, const TileSchedule& schedule, const Epilogue& epilogue) {
@@ -257,7 +259,7 @@ DEVICE void run_gemm1(const CUtensorMap* b_map, const GatherA& rows, const typen
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
   wait_for_previous_kernel();  // NOTE: before the next one may start: GEMM2 reads the tiles of the route before its own
   if (warpgroup == kMathWarpgroups) {
-    reduce_registers<64>();
+    reduce_registers<56>();
     if (thread == 0) produce(shared, GatheredTokens{}, b_map, shape, schedule);
     if (const int i = thread - (128 - kGatherThreads); i >= 0)
       gather(shared, rows, shape, i, typename Format::template Feed<kGatherThreads>(scales, shape, i));
