@@ -31,7 +31,8 @@ struct DeepSeekFormat {
       for (int half = 0; half < 2; ++half) {
         const int row = tile.expert * shape_.rows_per_expert + b_row(shape_, tile, half);
         at_[half] = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
-        scale_[half] = load(half, 0);
+        now_[half] = load(half, 0);
+        next_[half] = load(half, min(1, shape_.k_blocks - 1));
       }
     }
     DEVICE void put(Stage& stage, int k) {
@@ -40,11 +41,12 @@ struct DeepSeekFormat {
         const float scale = tokens_.take(i, k, shape_.k_blocks);
         if (tokens_.token(i) >= kMaxTokens) break;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) stage.factor[half][tokens_.token(i)] = scale * scale_[half];
+        for (int half = 0; half < 2; ++half) stage.factor[half][tokens_.token(i)] = scale * now_[half];
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        scale_[half] = load(half, min(k + 1, shape_.k_blocks - 1));
+        now_[half] = next_[half];
+        next_[half] = load(half, min(k + 2, shape_.k_blocks - 1));
       }
     }
     // Says, beside TMA, that the stage has its scales.
@@ -57,7 +59,7 @@ struct DeepSeekFormat {
     TokenScaleReader<kTokens, kThreads> tokens_;
     const GemmShape& shape_;
     uint32_t at_[2];  // in b_scale; no pointers, for registers' sake
-    float scale_[2];
+    float now_[2], next_[2];
   };
 
   // Wide tiles: sums += this warpgroup's 64 tokens times all rows. One accumulator serves the two halves.

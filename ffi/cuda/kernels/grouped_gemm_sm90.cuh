@@ -14,6 +14,7 @@ namespace jax_moe::cuda {
 
 inline constexpr int kGemmThreads = (kMathWarpgroups + 1) * 128;
 inline constexpr int kGatherThreads = 96, kScaleThreads = 64;  // of the producer warpgroup, the last ones
+inline constexpr int kGatherBarrier = 2 + kMathWarpgroups;     // the ones before are the math warpgroups'
 inline constexpr int kBoxRows = 16;                            // of tokens: a tile of few loads few
 
 // Where GEMM1's token rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
@@ -29,6 +30,7 @@ struct GemmSharedMemory {
   typename Format::Stage stages[kStages];
   uint8_t staging[kMathWarpgroups][kStagingBytes];
   typename Epilogue::Shared epilogue;
+  int32_t source_rows[2][kMaxTokens];  // of GEMM1's tiles
   PipelineBarriers<kStages> barriers;
   TileQueue tiles;
 };
@@ -111,7 +113,7 @@ DEVICE void feed_scales(Shared& shared, const GemmShape& shape, Feed feed) {
 // `full` for what it gathered when that has landed, up to kInFlight stages after asking for it.
 template <class Shared, class Feed>
 DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, int thread, Feed feed) {
-  constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kGatherThreads / 4;
+  constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kGatherThreads / 8;
   constexpr int kMaxTokens = Shared::kMaxTokens, kPasses = (kMaxTokens + kRowsPerPass - 1) / kRowsPerPass;
   typename Shared::Cursor at, landed;
   int in_flight = 0;
@@ -121,17 +123,16 @@ DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, 
     mbarrier_arrive(shared.barriers.full_address(landed.stage()));
     landed.advance();
   };
-  // Two of a row's eight pieces of 16 bytes; neighbouring rows begin with other halves, for the sake of the banks.
-  const int pass_row = thread / 4, piece = thread % 4 + pass_row % 2 * 4;
+  // Pieces of 16 bytes of a 128-byte row; 2^32 of them, 64 GiB, are in reach.
+  const int piece = thread % 8, pass_row = thread / 8;
   TileReader reader;
-  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
-    uint32_t source[kPasses];  // in 16-byte pieces, so that 2^36 bytes are in reach
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int row = min(pass_row + kRowsPerPass * i, tile.rows - 1);
-      source[i] = uint32_t(__ldcg(rows.row_to_source + tile.row0 + row)) * uint32_t(shape.k_blocks * 8) + piece;
-    }
-    feed.begin(tile, [&](int token) { return __ldcg(rows.row_to_source + tile.row0 + token); });
+  int buffer = 0;  // of two, so that one barrier a tile is enough
+  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0; buffer ^= 1) {
+    int32_t* source = shared.source_rows[buffer];
+    for (int row = thread; row < tile.rows; row += kGatherThreads)
+      source[row] = __ldcg(rows.row_to_source + tile.row0 + row);
+    named_barrier_sync(kGatherBarrier, kGatherThreads);  // publishes the source rows
+    feed.begin(tile, [&](int token) { return source[token]; });
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       shared.barriers.wait_empty(at);
       auto& stage = shared.stages[at.stage()];
@@ -139,10 +140,8 @@ DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, 
       for (int i = 0; i < kPasses; ++i) {
         const int row = pass_row + kRowsPerPass * i;
         if (row >= tile.rows) break;  // what is there is left as it is: what becomes of a token depends on itself only
-#pragma unroll
-        for (int second = 0; second < 8; second += 4)
-          cp_async_16(WarpgroupContext::swizzled(smem_address(stage.tokens), row, piece ^ second),
-                      rows.source + (uint64_t(source[i] ^ second) + k * 8) * 16);
+        cp_async_16(WarpgroupContext::swizzled(smem_address(stage.tokens), row, piece),
+                    rows.source + uint64_t((uint32_t(source[row]) * uint32_t(shape.k_blocks) + k) * 8 + piece) * 16);
       }
       feed.put(stage, k);
       cp_async_commit();
