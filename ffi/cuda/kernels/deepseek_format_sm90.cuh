@@ -1,5 +1,5 @@
-// DeepSeekFp8 in the grouped GEMMs: scales 1x128 on tokens and 128x128 on weights. Producer threads multiply the two, so a
-// math thread reads one factor a token and half; it promotes its sums to float32 registers every 128 of K.
+// DeepSeekFp8 in the grouped GEMMs: scales 1x128 on tokens and 128x128 on weights; sums are promoted to float32 registers
+// every 128 of K.
 #pragma once
 #include "token_scales.cuh"
 #include "warpgroup.cuh"
@@ -11,55 +11,38 @@ namespace jax_moe::cuda {
 struct DeepSeekFormat {
   using Scales = TokenScales;
   static constexpr int kStages = 4, kInFlight = 2;
-  static constexpr int kArrivalsOfScales = 1;  // of a thread that feeds scales beside TMA
   static constexpr int kMaxTokens = kBlockM + kMostTailRows;  // of a tile
   struct alignas(1024) Stage {
     uint8_t tokens[kMaxTokens * kBlockK];
     uint8_t weights[2][kHalfRows * kBlockK];
-    float factor[2][kMaxTokens];  // of a half and a token: the scales' product
+    float token_scale[kMaxTokens];
+    float weight_scale[2];  // of a half
   };
 
+  // What one of kThreads producer threads does for the scales of a stage: asks for them by cp.async, and when they have
+  // landed, nothing.
   template <int kThreads>
   class Feed {
    public:
     DEVICE Feed(const TokenScales& scales, const GemmShape& shape, int thread)
-        : tokens_(scales, thread), shape_(shape) {}
+        : tokens_(scales, thread), shape_(shape), thread_(thread) {}
     template <class Source>
     DEVICE void begin(const Tile& tile, const Source& source) {
-      tokens_.begin(tile, shape_.k_blocks, source);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = tile.expert * shape_.rows_per_expert + b_row(shape_, tile, half);
-        at_[half] = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
-        now_[half] = load(half, 0);
-        next_[half] = load(half, min(1, shape_.k_blocks - 1));
-      }
+      tokens_.begin(tile, source);
+      const int row = tile.expert * shape_.rows_per_expert + b_row(shape_, tile, thread_ % 2);
+      weights_ = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
     }
-    DEVICE void put(Stage& stage, int k) {
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        const float scale = tokens_.take(i, k, shape_.k_blocks);
-        if (tokens_.token(i) >= kMaxTokens) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) stage.factor[half][tokens_.token(i)] = scale * now_[half];
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        now_[half] = next_[half];
-        next_[half] = load(half, min(k + 2, shape_.k_blocks - 1));
-      }
+    DEVICE void ask(Stage& stage, int k) const {
+      tokens_.for_each(k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.token_scale[token]), from); });
+      if (thread_ < 2) cp_async_4(smem_address(&stage.weight_scale[thread_]), shape_.b_scale + (weights_ + uint32_t(k)));
     }
-    // Says, beside TMA, that the stage has its scales.
-    static DEVICE void arrive(uint32_t full) { mbarrier_arrive(full); }
+    DEVICE void finish(Stage&) const {}
 
    private:
-    static constexpr int kTokens = (kMaxTokens + kThreads - 1) / kThreads;
-    DEVICE float load(int half, int k) const { return __ldg(shape_.b_scale + (at_[half] + uint32_t(k))); }
-
-    TokenScaleReader<kTokens, kThreads> tokens_;
+    TokenScaleReader<kMaxTokens, kThreads> tokens_;
     const GemmShape& shape_;
-    uint32_t at_[2];  // in b_scale; no pointers, for registers' sake
-    float now_[2], next_[2];
+    int thread_;
+    uint32_t weights_;  // in b_scale, of half thread_ % 2
   };
 
   // Wide tiles: sums += this warpgroup's 64 tokens times all rows. One accumulator serves the two halves.
@@ -68,7 +51,7 @@ struct DeepSeekFormat {
                                    const Release& release) {
     const int first = wg.index * kWarpgroupRows;
     const uint64_t tokens = wgmma_descriptor(smem_address(stage.tokens) + first * kBlockK);
-    float acc[64], factor[2][2];
+    float acc[64], scale[4];  // two tokens', two halves'
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint64_t weights = wgmma_descriptor(smem_address(stage.weights[half]));
@@ -80,14 +63,18 @@ struct DeepSeekFormat {
       register_fence(acc);
       if (half == 0) {  // in the shadow of the wgmmas
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          factor[i / 2][i % 2] = load_shared_f32(smem_address(&stage.factor[i / 2][first + wg.fragment_row() + i % 2 * 8]));
+        for (int i = 0; i < 2; ++i) {
+          scale[i] = load_shared_f32(smem_address(&stage.token_scale[first + wg.fragment_row() + i * 8]));
+          scale[2 + i] = load_shared_f32(smem_address(&stage.weight_scale[i]));
+        }
       }
       wgmma_wait();
       register_fence(acc);
+      register_fence(scale);  // else they would be waited for between two wgmmas
       if (half == 1) release();
+      const float factor[2] = {scale[0] * scale[2 + half], scale[1] * scale[2 + half]};
 #pragma unroll
-      for (int i = 0; i < 64; ++i) sums[half][i] += factor[half][i / 2 % 2] * acc[i];
+      for (int i = 0; i < 64; ++i) sums[half][i] += factor[i / 2 % 2] * acc[i];
     }
   }
 
@@ -113,24 +100,26 @@ struct DeepSeekFormat {
     register_fence(acc[0]);
     register_fence(acc[1]);
     wgmma_wait<1>();
-    add(&stage.factor[0][first], wg, acc[0], sums[0]);
+    add(&stage.token_scale[first], stage.weight_scale[0], wg, acc[0], sums[0]);
     wgmma_wait();
-    add(&stage.factor[1][first], wg, acc[1], sums[1]);
+    add(&stage.token_scale[first], stage.weight_scale[1], wg, acc[1], sums[1]);
     release();
   }
 
  private:
   template <int kCount>
-  static DEVICE void add(const float* factors, const WarpgroupContext& wg, float (&acc)[kCount], float* sums) {
+  static DEVICE void add(const float* token_scales, float weight_scale, const WarpgroupContext& wg,
+                         float (&acc)[kCount], float* sums) {
     register_fence(acc);
-    const uint32_t from = smem_address(factors + 2 * wg.quad());
+    const uint32_t from = smem_address(token_scales + 2 * wg.quad());
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      const float2 factor = load_shared_f32x2(from + 8 * i);
-      sums[i] += factor.x * acc[i];
-      sums[i + 1] += factor.y * acc[i + 1];
-      sums[i + 2] += factor.x * acc[i + 2];
-      sums[i + 3] += factor.y * acc[i + 3];
+      const float2 scale = load_shared_f32x2(from + 8 * i);
+      const float x = scale.x * weight_scale, y = scale.y * weight_scale;
+      sums[i] += x * acc[i];
+      sums[i + 1] += y * acc[i + 1];
+      sums[i + 2] += x * acc[i + 2];
+      sums[i + 3] += y * acc[i + 3];
     }
   }
 };

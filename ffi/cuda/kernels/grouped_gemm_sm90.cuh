@@ -14,7 +14,6 @@ namespace jax_moe::cuda {
 
 inline constexpr int kGemmThreads = (kMathWarpgroups + 1) * 128;
 inline constexpr int kGatherThreads = 96, kScaleThreads = 64;  // of the producer warpgroup, the last ones
-inline constexpr int kGatherBarrier = 2 + kMathWarpgroups;     // the ones before are the math warpgroups'
 inline constexpr int kBoxRows = 16;                            // of tokens: a tile of few loads few
 
 // Where GEMM1's token rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
@@ -30,7 +29,6 @@ struct GemmSharedMemory {
   typename Format::Stage stages[kStages];
   uint8_t staging[kMathWarpgroups][kStagingBytes];
   typename Epilogue::Shared epilogue;
-  int32_t source_rows[2][kMaxTokens];  // of GEMM1's tiles
   PipelineBarriers<kStages> barriers;
   TileQueue tiles;
 };
@@ -93,57 +91,52 @@ DEVICE void produce(Shared& shared, const Tokens& tokens, const CUtensorMap* b_m
   }
 }
 
-// GEMM2's scales, by kScaleThreads threads beside the one of `produce`.
-template <class Shared, class Feed>
-DEVICE void feed_scales(Shared& shared, const GemmShape& shape, Feed feed) {
-  wait_for_previous_kernel();  // which writes the tokens' scales
-  typename Shared::Cursor at;
-  TileReader reader;
-  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
-    feed.begin(tile, [&](int token) { return tile.row0 + token; });
-    for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
-      shared.barriers.wait_empty(at);
-      feed.put(shared.stages[at.stage()], k);
-      feed.arrive(shared.barriers.full_address(at.stage()));
-    }
-  }
-}
-
-// GEMM1's tokens and scales, by kGatherThreads threads beside the one of `produce`: rows by cp.async. Each arrives at
-// `full` for what it gathered when that has landed, up to kInFlight stages after asking for it.
-template <class Shared, class Feed>
-DEVICE void gather(Shared& shared, const GatherA& rows, const GemmShape& shape, int thread, Feed feed) {
-  constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kGatherThreads / 8;
+// What other producer threads add to the ring, by cp.async: scales, and in GEMM1 the tokens, gathered. Each arrives at
+// `full` for what it asked for when that has landed, up to kInFlight stages later. Null `rows`: of GEMM2. NOTE: no
+// ordinary loads here: the fence below would wait for them.
+template <int kThreads, class Shared, class Feed>
+DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shape, int thread, Feed feed) {
+  constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kThreads / 8;
   constexpr int kMaxTokens = Shared::kMaxTokens, kPasses = (kMaxTokens + kRowsPerPass - 1) / kRowsPerPass;
   typename Shared::Cursor at, landed;
   int in_flight = 0;
   const auto announce = [&] {
+    feed.finish(shared.stages[landed.stage()]);
     // NOTE: cp.async writes through the generic proxy; without the fence wgmma may read what was there before.
-    fence_proxy_async();
+    if (rows) fence_proxy_async();
     mbarrier_arrive(shared.barriers.full_address(landed.stage()));
     landed.advance();
   };
   // Pieces of 16 bytes of a 128-byte row; 2^32 of them, 64 GiB, are in reach.
   const int piece = thread % 8, pass_row = thread / 8;
+  static_assert(kRowsPerPass % 4 == 0, "two places for pieces: of even passes and of odd ones");
+  const uint32_t even = WarpgroupContext::swizzled(0, pass_row, piece);
+  const uint32_t odd = WarpgroupContext::swizzled(0, pass_row + kRowsPerPass, piece) - kRowsPerPass * kBlockK;
   TileReader reader;
-  int buffer = 0;  // of two, so that one barrier a tile is enough
-  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0; buffer ^= 1) {
-    int32_t* source = shared.source_rows[buffer];
-    for (int row = thread; row < tile.rows; row += kGatherThreads)
-      source[row] = __ldcg(rows.row_to_source + tile.row0 + row);
-    named_barrier_sync(kGatherBarrier, kGatherThreads);  // publishes the source rows
-    feed.begin(tile, [&](int token) { return source[token]; });
+  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
+    uint32_t source[kPasses];
+#pragma unroll
+    for (int i = 0; rows && i < kPasses; ++i) {
+      const int row = min(pass_row + kRowsPerPass * i, tile.rows - 1);
+      source[i] = uint32_t(__ldcg(rows->row_to_source + tile.row0 + row)) * uint32_t(shape.k_blocks * 8) + piece;
+    }
+    feed.begin(tile, [&](int token) {
+      return rows ? __ldcg(rows->row_to_source + tile.row0 + token) : tile.row0 + token;
+    });
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       shared.barriers.wait_empty(at);
       auto& stage = shared.stages[at.stage()];
+      const uint32_t tokens = smem_address(stage.tokens);
+      const uint8_t* from = rows ? rows->source + k * kBlockK : nullptr;
+      hide(from);  // one addition a piece, not two and a constant
 #pragma unroll
-      for (int i = 0; i < kPasses; ++i) {
+      for (int i = 0; rows && i < kPasses; ++i) {
         const int row = pass_row + kRowsPerPass * i;
-        if (row >= tile.rows) break;  // what is there is left as it is: what becomes of a token depends on itself only
-        cp_async_16(WarpgroupContext::swizzled(smem_address(stage.tokens), row, piece),
-                    rows.source + uint64_t((uint32_t(source[row]) * uint32_t(shape.k_blocks) + k) * 8 + piece) * 16);
+        // Other rows are left as they are: what becomes of a token depends on itself only.
+        if (row < tile.rows)
+          cp_async_16(tokens + (i % 2 == 0 ? even : odd) + i * kRowsPerPass * kBlockK, from + uint64_t(source[i]) * 16);
       }
-      feed.put(stage, k);
+      feed.ask(stage, k);
       cp_async_commit();
       if (in_flight == kInFlight) {
         cp_async_wait<kInFlight>();
@@ -261,7 +254,8 @@ DEVICE void run_gemm1(const CUtensorMap* b_map, const GatherA& rows, const typen
     reduce_registers<56>();
     if (thread == 0) produce(shared, GatheredTokens{}, b_map, shape, schedule);
     if (const int i = thread - (128 - kGatherThreads); i >= 0)
-      gather(shared, rows, shape, i, typename Format::template Feed<kGatherThreads>(scales, shape, i));
+      feed_ring<kGatherThreads>(shared, &rows, shape, i,
+                                typename Format::template Feed<kGatherThreads>(scales, shape, i));
   } else {
     raise_registers<224>();
     multiply<Format>(shared, shape, epilogue, warpgroup, thread);
@@ -272,14 +266,16 @@ template <class Format, class Epilogue>
 DEVICE void run_gemm2(const CUtensorMap* a_map, const CUtensorMap* b_map, const typename Format::Scales& scales,
                       const GemmShape& shape, const TileSchedule& schedule, const Epilogue& epilogue) {
   using Shared = GemmSharedMemory<Format, Epilogue>;
-  auto& shared = prepare_gemm<Shared>(1 + Format::kArrivalsOfScales * kScaleThreads,
-                                      kMathWarpgroups * 4 + kScaleThreads / 32);
+  auto& shared = prepare_gemm<Shared>(1 + kScaleThreads, kMathWarpgroups * 4 + kScaleThreads / 32);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
   if (warpgroup == kMathWarpgroups) {
     reduce_registers<56>();
     if (thread == 0) produce(shared, TmaTokens{a_map}, b_map, shape, schedule);
-    if (const int i = thread - (128 - kScaleThreads); i >= 0)
-      feed_scales(shared, shape, typename Format::template Feed<kScaleThreads>(scales, shape, i));
+    if (const int i = thread - (128 - kScaleThreads); i >= 0) {
+      wait_for_previous_kernel();  // which writes the tokens' scales
+      feed_ring<kScaleThreads>(shared, nullptr, shape, i,
+                               typename Format::template Feed<kScaleThreads>(scales, shape, i));
+    }
   } else {
     // NOTE: the math warps need no wait: what they compute and store comes from A, which the producer waits for.
     raise_registers<224>();

@@ -46,15 +46,15 @@ struct MxScales {
 struct MxFormat {
   using Scales = MxScales;
   static constexpr int kStages = 4, kInFlight = 2;
-  static constexpr int kArrivalsOfScales = 2;  // of a thread that feeds scales beside TMA: for tokens', for weights'
   static constexpr int kMaxTokens = kBlockM;  // of a tile
   struct Stage {
     uint8_t tokens[kBlockM * kBlockK];
     uint8_t weights[2][kHalfRows * kBlockK];
     uint32_t weight_words[2 * kHalfRows];  // of four scales
-    float factor[kMxScales][kBlockM];      // of a token
+    float factor[kMxScales][kMaxTokens];   // of a token; made of the words that come to the first
   };
 
+  // As DeepSeekFormat's; when words have landed, it makes floats of those of tokens.
   template <int kThreads>
   class Feed {
    public:
@@ -62,38 +62,34 @@ struct MxFormat {
         : tokens_(scales.tokens, thread), weights_(scales.weights), shape_(shape), thread_(thread) {}
     template <class Source>
     DEVICE void begin(const Tile& tile, const Source& source) {
-      tokens_.begin(tile, shape_.k_blocks, source);
+      tokens_.begin(tile, source);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int row = min(thread_ + i * kThreads, 2 * kHalfRows - 1);
+        int row = min(thread_ + i * kThreads, 2 * kHalfRows - 1);
+        hide(row);  // what follows from it is not for the loop over tiles to carry
         at_[i] = weights_.first(shape_, tile.expert, b_row(shape_, tile, row / kHalfRows) + row % kHalfRows);
       }
     }
-    // NOTE: the weights' scales by cp.async, which the caller commits or lets arrive.
-    DEVICE void put(Stage& stage, int k) {
+    DEVICE void ask(Stage& stage, int k) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int row = thread_ + i * kThreads;
         if (row < 2 * kHalfRows) cp_async_4(smem_address(&stage.weight_words[row]), weights_.words + at_[i]);
         at_[i] += weights_.step();
       }
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        const uint32_t word = __float_as_uint(tokens_.take(i, k, shape_.k_blocks));
-        if (tokens_.token(i) >= kBlockM) break;
-#pragma unroll
-        for (int s = 0; s < kMxScales; ++s) stage.factor[s][tokens_.token(i)] = mx_scale(word, s);
-      }
+      tokens_.for_each(k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.factor[0][token]), from); });
     }
-    static DEVICE void arrive(uint32_t full) {
-      cp_async_arrive(full);
-      mbarrier_arrive(full);
+    DEVICE void finish(Stage& stage) const {
+      tokens_.for_each(0, [&](int token, const float*) {
+        const uint32_t word = __float_as_uint(stage.factor[0][token]);
+#pragma unroll
+        for (int s = 0; s < kMxScales; ++s) stage.factor[s][token] = mx_scale(word, s);
+      });
     }
 
    private:
-    static constexpr int kTokens = (kBlockM + kThreads - 1) / kThreads;
     static constexpr int kRows = (2 * kHalfRows + kThreads - 1) / kThreads;
-    TokenScaleReader<kTokens, kThreads> tokens_;
+    TokenScaleReader<kMaxTokens, kThreads> tokens_;
     const MxWeightScales& weights_;
     const GemmShape& shape_;
     int thread_;
@@ -121,7 +117,7 @@ struct MxFormat {
 #pragma unroll
       for (int i = 0; i < kMxScales * 2; ++i) {
         wait_for_one_of(kMxScales * 2 - i);
-        promote(acc[i], from.row(i / 2, i % 2), from.factors + i / 2 * kBlockM * 4, sums[i % 2]);
+        promote(acc[i], from.row(i / 2, i % 2), from.factors + i / 2 * kMaxTokens * 4, sums[i % 2]);
       }
     } else {
 #pragma unroll 1
@@ -202,7 +198,7 @@ struct MxFormat {
     }
     // To the next 32 of K.
     DEVICE void advance() {
-      tokens += 2, weights += 2, factors += kBlockM * 4;
+      tokens += 2, weights += 2, factors += kMaxTokens * 4;
 #pragma unroll
       for (int i = 0; i < 4; ++i) word[i / 2][i % 2] >>= 8;
     }

@@ -235,6 +235,7 @@ DEVICE void wgmma_wait() {
 }
 // Keeps the compiler from computing ahead of a loop, and holding in registers, what depends on x.
 DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
+DEVICE void hide(const uint8_t*& x) { asm volatile("" : "+l"(x)); }
 template <class T>
 DEVICE void hide(const T*& x) {
   asm volatile("" : "+l"(x));

@@ -1,4 +1,4 @@
-// What the grouped GEMMs are told of their weights and of the tokens' scales, and how producer threads read those of a
+// What the grouped GEMMs are told of their weights and of the tokens' scales, and how producer threads find those of a
 // tile.
 #pragma once
 #include "scheduler.cuh"
@@ -34,36 +34,33 @@ DEVICE int b_row(const GemmShape& shape, const Tile& tile, int half) {
   return row < shape.rows_per_expert ? row : tile.column * shape.column_step;
 }
 
-// What each of some producer threads has to do for the scales of a stage: those of kTokens tokens, kThreads apart. Read
-// two K blocks ahead: a load from L2 takes about as long as one.
+// Where the scales of some of a tile's tokens are, kThreads apart, those of one of kThreads producer threads.
 template <int kTokens, int kThreads>
 class TokenScaleReader {
  public:
   DEVICE TokenScaleReader(const TokenScales& scales, int thread) : scales_(scales), thread_(thread) {}
 
-  DEVICE int token(int i) const { return thread_ + i * kThreads; }
   // source(token) is a token's row.
   template <class Source>
-  DEVICE void begin(const Tile& tile, int k_blocks, const Source& source) {
+  DEVICE void begin(const Tile& tile, const Source& source) {
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      at_[i] = scales_.scale + source(min(token(i), tile.rows - 1)) * scales_.row_stride;
-      now_[i] = __ldcg(at_[i]);
-      next_[i] = k_blocks > 1 ? __ldcg(at_[i] + scales_.block_stride) : 0.f;
-    }
+    for (int i = 0; i < kCount; ++i)
+      at_[i] = scales_.scale + source(min(thread_ + i * kThreads, tile.rows - 1)) * scales_.row_stride;
   }
-  // The scale of block k; asks for that of block k + 2.
-  DEVICE float take(int i, int k, int k_blocks) {
-    const float scale = now_[i];
-    now_[i] = next_[i];
-    if (k + 2 < k_blocks) next_[i] = __ldcg(at_[i] + (k + 2) * scales_.block_stride);
-    return scale;
+  // Calls use(token, its scale of block k).
+  template <class Use>
+  DEVICE void for_each(int k, const Use& use) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int token = thread_ + i * kThreads;
+      if (token < kTokens) use(token, at_[i] + k * scales_.block_stride);
+    }
   }
 
  private:
+  static constexpr int kCount = (kTokens + kThreads - 1) / kThreads;
   const TokenScales& scales_;
-  const float* at_[kTokens];
-  float now_[kTokens], next_[kTokens];
+  const float* at_[kCount];
   int thread_;
 };
 

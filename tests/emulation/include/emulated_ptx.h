@@ -133,6 +133,7 @@ DEVICE void wgmma_wait() {
   emulation::wait_wgmma(kPending);
 }
 DEVICE void hide(int&) {}
+DEVICE void hide(const uint8_t*&) {}
 template <class T>
 DEVICE void hide(const T*&) {}
 template <int kCount>
