@@ -7,10 +7,10 @@
 
 namespace jax_moe::cuda {
 
-// kInFlight: stages that a gathering thread asks for before it waits for the first of them.
+// kInFlight: stages whose tokens and scales are on their way at a time.
 struct DeepSeekFormat {
   using Scales = TokenScales;
-  static constexpr int kStages = 4, kInFlight = 2;
+  static constexpr int kStages = 4, kInFlight = 3;
   static constexpr int kMaxTokens = kBlockM + kMostTailRows;  // of a tile
   struct alignas(1024) Stage {
     uint8_t tokens[kMaxTokens * kBlockK];

@@ -92,7 +92,7 @@ DEVICE void produce(Shared& shared, const Tokens& tokens, const CUtensorMap* b_m
 }
 
 // What other producer threads add to the ring, by cp.async: scales, and in GEMM1 the tokens, gathered. Each arrives at
-// `full` for what it asked for when that has landed, up to kInFlight stages later. Null `rows`: of GEMM2. NOTE: no
+// `full` for what it asked for when that has landed, of kInFlight stages at a time. Null `rows`: of GEMM2. NOTE: no
 // ordinary loads here: the fence below would wait for them.
 template <int kThreads, class Shared, class Feed>
 DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shape, int thread, Feed feed) {
@@ -120,10 +120,19 @@ DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shap
       const int row = min(pass_row + kRowsPerPass * i, tile.rows - 1);
       source[i] = uint32_t(__ldcg(rows->row_to_source + tile.row0 + row)) * uint32_t(shape.k_blocks * 8) + piece;
     }
+    const int rows_left = tile.rows - pass_row;
+    cp_async_wait<0>();  // meanwhile nobody shall wait for the last stages of the tile before
+    for (; in_flight > 0; --in_flight) announce();
     feed.begin(tile, [&](int token) {
       return rows ? __ldcg(rows->row_to_source + tile.row0 + token) : tile.row0 + token;
     });
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
+      if (in_flight == kInFlight) {  // before the wait below, which is for the readers of another stage
+        cp_async_wait<kInFlight - 1>();
+        announce();
+      } else {
+        ++in_flight;
+      }
       shared.barriers.wait_empty(at);
       auto& stage = shared.stages[at.stage()];
       const uint32_t tokens = smem_address(stage.tokens);
@@ -131,19 +140,12 @@ DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shap
       hide(from);  // one addition a piece, not two and a constant
 #pragma unroll
       for (int i = 0; rows && i < kPasses; ++i) {
-        const int row = pass_row + kRowsPerPass * i;
         // Other rows are left as they are: what becomes of a token depends on itself only.
-        if (row < tile.rows)
+        if (kRowsPerPass * i < rows_left)
           cp_async_16(tokens + (i % 2 == 0 ? even : odd) + i * kRowsPerPass * kBlockK, from + uint64_t(source[i]) * 16);
       }
       feed.ask(stage, k);
       cp_async_commit();
-      if (in_flight == kInFlight) {
-        cp_async_wait<kInFlight>();
-        announce();
-      } else {
-        ++in_flight;
-      }
     }
   }
   cp_async_wait<0>();

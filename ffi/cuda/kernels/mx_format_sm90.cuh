@@ -45,7 +45,7 @@ struct MxScales {
 
 struct MxFormat {
   using Scales = MxScales;
-  static constexpr int kStages = 4, kInFlight = 2;
+  static constexpr int kStages = 4, kInFlight = 3;
   static constexpr int kMaxTokens = kBlockM;  // of a tile
   struct Stage {
     uint8_t tokens[kBlockM * kBlockK];
