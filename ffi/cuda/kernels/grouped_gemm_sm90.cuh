@@ -114,13 +114,15 @@ DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shap
   const uint32_t odd = WarpgroupContext::swizzled(0, pass_row + kRowsPerPass, piece) - kRowsPerPass * kBlockK;
   TileReader reader;
   for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
+    int first_row = pass_row;
+    hide(first_row);  // what follows from it is not for the loop over tiles to carry
     uint32_t source[kPasses];
 #pragma unroll
     for (int i = 0; rows && i < kPasses; ++i) {
-      const int row = min(pass_row + kRowsPerPass * i, tile.rows - 1);
+      const int row = min(first_row + kRowsPerPass * i, tile.rows - 1);
       source[i] = uint32_t(__ldcg(rows->row_to_source + tile.row0 + row)) * uint32_t(shape.k_blocks * 8) + piece;
     }
-    const int rows_left = tile.rows - pass_row;
+    const int rows_left = tile.rows - first_row;
     cp_async_wait<0>();  // meanwhile nobody shall wait for the last stages of the tile before
     for (; in_flight > 0; --in_flight) announce();
     feed.begin(tile, [&](int token) {
