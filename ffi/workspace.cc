@@ -52,8 +52,11 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   w.expert_offsets = carve.Take<int32_t>({experts + 1, 0});
   w.chunk_histogram = carve.Take<int32_t>({kMaxRouteChunks * experts, 0});
   w.num_m_blocks = carve.Take<int32_t>({1, 0});
-  w.drawn_tiles = carve.Take<int32_t>({2, 0});
-  w.m_blocks = carve.Take<MBlock>({experts + 1, (p.top_k + kBlockM - 1) / kBlockM});
+  // NOTE: the last of these is never a block. The counters lie there because exported modules state the size of the
+  // workspace: what grows it makes the library refuse them.
+  const AffineBytes m_blocks{experts + 1, (p.top_k + kBlockM - 1) / kBlockM};
+  w.m_blocks = carve.Take<MBlock>(m_blocks);
+  w.drawn_tiles = reinterpret_cast<int32_t*>(w.m_blocks + m_blocks.at(p.num_tokens) - 1);
   w.permuted_x_scale = carve.Take<float>({3 * h_blocks, p.top_k * h_blocks});
   if (p.has_gemm1_lora_delta) {
     w.h = static_cast<uint8_t*>(buffers.gemm1_activation_output.data);
