@@ -185,7 +185,8 @@ def _option_cases() -> list[Case]:
     """Each option alone, at some sizes, and all of them in pairs."""
     cases = [Case(name, 53, 256, 256, 8, 3, **option) for name, option in OPTIONS.items()]
     for name in ("relu2", "lora", "shuffled"):  # both sides of the rows that a tile takes beside 128
-        cases += [Case(f"{name}_rows_{n}", n, 256, 256, 2, 1, routing="one_expert", **OPTIONS[name]) for n in (143, 145)]
+        common: dict[str, Any] = {"routing": "one_expert"} | OPTIONS[name]
+        cases += [Case(f"{name}_rows_{n}", n, 256, 256, 2, 1, **common) for n in (143, 145)]
     for name in ("relu2", "lora", "blocked_shuffled", "alpha_beta_clamp", "apart_f32"):
         cases += [Case(f"{name}_t{tokens}", tokens, 384, 128, **OPTIONS[name]) for tokens in (0, 1, 257)]
         cases.append(Case(f"{name}_e300", 53, 128, 128, 300, 8, (31, 200), "mixed", **OPTIONS[name]))
@@ -201,7 +202,7 @@ def _option_cases() -> list[Case]:
     ]
     for number, row in enumerate(pairwise.rows([len(factor) for factor in FACTORS])):
         changes, name = _chosen(FACTORS, row)
-        common: dict[str, Any] = {"experts": 16, "top_k": 4, "weights": "signed", "seed": number % 3}
+        common = {"experts": 16, "top_k": 4, "weights": "signed", "seed": number % 3}
         cases.append(Case(f"pair_{name}", **common | changes))
     return cases
 
@@ -261,7 +262,8 @@ def _mx_cases() -> list[Case]:
     shapes = [(128, 128), (384, 128), (128, 384), (896, 384), (640, 896)]
     cases += [Case(f"mx_h{hidden}_i{inter}", 33, hidden, inter, 4, **MX) for hidden, inter in shapes]
     cases += [Case(name, 53, 256, 256, 8, 3, **option) for name, option in MX_OPTIONS.items()]
-    cases += [Case(f"mx_rows_{n}", n, 256, 256, 2, 1, routing="one_expert", **MX) for n in (17, 33, 49, 65, 97, 128, 129)]
+    rows = (17, 33, 49, 65, 97, 128, 129)
+    cases += [Case(f"mx_rows_{n}", n, 256, 256, 2, 1, routing="one_expert", **MX) for n in rows]
     for name in ("mx_relu2", "mx_lora", "mx_shuffled", "mx_shuffled_grid", "mx_bf16"):
         cases += [Case(f"{name}_t{tokens}", tokens, 384, 128, **MX_OPTIONS[name]) for tokens in (0, 1, 257)]
         cases.append(Case(f"{name}_e300", 53, 128, 128, 300, 8, (31, 200), "mixed", **MX_OPTIONS[name]))

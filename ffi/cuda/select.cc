@@ -145,10 +145,11 @@ std::string Explain(const Problem& p, int num_sms) {
   if (p.batch_invariant) text << "batch invariant: grouped kernels at every size\n";
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
        << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + " on the side" : "") << "\n"
-       << "gemm1: " << kernel << (p.gated() ? "(128+128) rows x 16 to 128 tokens" : "256 rows x 16 to 128 tokens") << ", gathered A, activation + "
-       << format << " e4m3, " << c.gemm1_columns << " column tiles, " << c.gemm1_grid << " CTAs\n"
-       << "gemm2: " << kernel << "256 rows x 16 to 128 tokens, bf16, " << c.gemm2_columns << " column tiles, " << c.gemm2_grid
+       << "gemm1: " << kernel << (p.gated() ? "(128+128) rows x 16 to 128 tokens" : "256 rows x 16 to 128 tokens")
+       << ", gathered A, activation + " << format << " e4m3, " << c.gemm1_columns << " column tiles, " << c.gemm1_grid
        << " CTAs\n"
+       << "gemm2: " << kernel << "256 rows x 16 to 128 tokens, bf16, " << c.gemm2_columns << " column tiles, "
+       << c.gemm2_grid << " CTAs\n"
        << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller") << "\n"
        << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
   return text.str();

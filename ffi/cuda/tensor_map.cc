@@ -41,10 +41,9 @@ Status Encode(CUtensorMap* map, cuuint32_t rank, const void* data, const cuuint6
   const Driver& driver = GetDriver();
   if (!driver.status.ok()) return driver.status;
   const cuuint32_t steps[3] = {1, 1, 1};
-  const CUresult result =
-      driver.encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, const_cast<void*>(data), sizes, strides, box, steps,
-                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = driver.encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, const_cast<void*>(data), sizes,
+                                        strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return {};
   std::string shape;
   for (cuuint32_t i = 0; i < rank; ++i) shape = std::to_string(sizes[i]) + (i ? " x " : "") + shape;

@@ -53,7 +53,7 @@ struct Thread {
   std::vector<ByteRange> unpublished;           // ordinary shared writes that the async proxy has not been told of
   std::vector<WgmmaOp> wgmmas;
   std::vector<Accumulator> accumulators;
-  std::vector<size_t> wgmma_groups;                // of the wgmmas in flight, how many each commit had
+  std::vector<size_t> wgmma_groups;  // of the wgmmas in flight, how many each commit had
   size_t executed_wgmmas, ending_wgmmas;
   bool wgmma_fenced;
   int registers;               // 0: as launched

@@ -95,8 +95,7 @@ void check_lanes_agree(int first) {
   for (int lane = 1; lane < 32; ++lane) {
     const Thread& t = thread(first + lane);
     bool same = t.wgmmas.size() == lane0.wgmmas.size() && t.accumulators.size() == lane0.accumulators.size();
-    for (size_t i = 0; same && i < t.wgmmas.size(); ++i)
-      same = !(issued(t.wgmmas[i]) != issued(lane0.wgmmas[i]));
+    for (size_t i = 0; same && i < t.wgmmas.size(); ++i) same = !(issued(t.wgmmas[i]) != issued(lane0.wgmmas[i]));
     if (!same) fail("lanes 0 and %d of a warp have issued different wgmmas", lane);
   }
 }

@@ -1,5 +1,5 @@
-// DeepSeekFp8 in the grouped GEMMs: scales 1x128 on tokens and 128x128 on weights; sums are promoted to float32 registers
-// every 128 of K.
+// DeepSeekFp8 in the grouped GEMMs: scales 1x128 on tokens and 128x128 on weights; sums are promoted to float32
+// registers every 128 of K.
 #pragma once
 #include "token_scales.cuh"
 #include "warpgroup.cuh"
@@ -33,8 +33,10 @@ struct DeepSeekFormat {
       weights_ = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
     }
     DEVICE void ask(Stage& stage, int k) const {
-      tokens_.for_each(k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.token_scale[token]), from); });
-      if (thread_ < 2) cp_async_4(smem_address(&stage.weight_scale[thread_]), shape_.b_scale + (weights_ + uint32_t(k)));
+      tokens_.for_each(
+          k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.token_scale[token]), from); });
+      if (thread_ < 2)
+        cp_async_4(smem_address(&stage.weight_scale[thread_]), shape_.b_scale + (weights_ + uint32_t(k)));
     }
     DEVICE void finish(Stage&) const {}
 
@@ -78,8 +80,8 @@ struct DeepSeekFormat {
     }
   }
 
-  // Narrow tiles: sums += this warpgroup's 64 rows of each half times kTokens tokens from `first` on. The second half is
-  // multiplied while the first is added.
+  // Narrow tiles: sums += this warpgroup's 64 rows of each half times kTokens tokens from `first` on. The second half
+  // is multiplied while the first is added.
   static constexpr int kNarrowTokens = 64;
   template <int kTokens, int kSums, class Release>
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][kSums],

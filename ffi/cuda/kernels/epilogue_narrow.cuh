@@ -29,10 +29,10 @@ struct NarrowActivation {
   DEVICE void run_as(float (&sums)[2][kSums], const Tile& tile) const {
     with_activation(p.activation, tile.expert, [&](const auto& function) {
       constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
-      constexpr Order kOrder = !kShuffled  ? Order::kPlain
-                               : !kMx      ? Order::kFours
-                               : kGated    ? Order::kTurns
-                                           : Order::kEights;
+      constexpr Order kOrder = !kShuffled ? Order::kPlain
+                               : !kMx     ? Order::kFours
+                               : kGated   ? Order::kTurns
+                                          : Order::kEights;
       const int64_t column = int64_t(tile.column) * (kGated ? 128 : 256);
       const bool second = kGated || column + 128 < p.intermediate;  // half of the last tile may be outside
       if (p.lora.delta) add_lora<kOrder>(sums, {column, column + (kGated ? p.intermediate : 128)}, second);
@@ -101,8 +101,8 @@ struct NarrowActivation {
     return staging + ((v * 4 + warp) * kMaxTokens + token) * 4;
   }
 
-  // Of this warp's 16 rows. What each thread has of 16 tokens, four values, is reduced over the eight lanes that have the
-  // same tokens; in the end each has one token.
+  // Of this warp's 16 rows. What each thread has of 16 tokens, four values, is reduced over the eight lanes that have
+  // the same tokens; in the end each has one token.
   template <Order kOrder>
   DEVICE void stage_magnitudes(const float* a) const {
     const int lane = wg.lane();
@@ -176,8 +176,9 @@ struct NarrowActivation {
     uint32_t inverse[2];  // of v
 #pragma unroll
     for (int v = 0; v < 2; ++v)
-      inverse[v] = smem_address(
-          &shared.inverse[wg.index][!kMx ? 0 : kOrder == Order::kTurns ? v : wg.warp() / 2][2 * wg.quad()]);
+      inverse[v] = smem_address(&shared.inverse[wg.index][!kMx                      ? 0
+                                                          : kOrder == Order::kTurns ? v
+                                                                                    : wg.warp() / 2][2 * wg.quad()]);
 #pragma unroll
     for (int group = 0; group < kGroups / 4; ++group) {
       if (32 * group >= wg.tokens) break;

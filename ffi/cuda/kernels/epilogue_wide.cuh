@@ -6,8 +6,8 @@
 
 namespace jax_moe::cuda {
 
-// The four sums of this thread in 16 weight rows of one of its tokens, in the order of the columns: at 16 group + 2 quad +
-// {0, 1, 8, 9}, or of fours 16 group + 4 quad + {0, 1, 2, 3}.
+// The four sums of this thread in 16 weight rows of one of its tokens, in the order of the columns: at 16 group + 2
+// quad + {0, 1, 8, 9}, or of fours 16 group + 4 quad + {0, 1, 2, 3}.
 template <Order kOrder>
 DEVICE float4 fragment(const float (&sums)[64], int group, int r) {
   const float* low = &sums[8 * group + 2 * r];
@@ -164,8 +164,8 @@ struct WideBf16 {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float4 v = fragment<Order::kFours>(sums, first + i, r);
-        const uint32_t at =
-            WarpgroupContext::swizzled(wg.staging, wg.fragment_row() + 8 * r, 2 * i + wg.quad() / 2) + wg.quad() % 2 * 8;
+        const uint32_t at = WarpgroupContext::swizzled(wg.staging, wg.fragment_row() + 8 * r, 2 * i + wg.quad() / 2) +
+                            wg.quad() % 2 * 8;
         store_shared_v2(at, make_uint2(to_bf16x2(v.x, v.y), to_bf16x2(v.z, v.w)));
       }
     }

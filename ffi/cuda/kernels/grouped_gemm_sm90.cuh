@@ -1,7 +1,7 @@
-// Persistent warp-specialised grouped FP8 GEMM, tokens A times weights B[expert]. Tile 256 weight rows x up to 128 tokens,
-// two math warpgroups, one producer warpgroup. Many tokens make a wide tile, few a narrow one (warpgroup.cuh). GEMM1
-// gathers token rows by cp.async and has up and gate rows in the two halves. What scales there are is a Format's to say:
-// what a stage is, which scales producer threads put there (Feed), how a math thread multiplies it.
+// Persistent warp-specialised grouped FP8 GEMM, tokens A times weights B[expert]. Tile 256 weight rows x up to 128
+// tokens, two math warpgroups, one producer warpgroup. Many tokens make a wide tile, few a narrow one (warpgroup.cuh).
+// GEMM1 gathers token rows by cp.async and has up and gate rows in the two halves. What scales there are is a Format's
+// to say: what a stage is, which scales producer threads put there (Feed), how a math thread multiplies it.
 #pragma once
 #include "deepseek_format_sm90.cuh"
 #include "epilogue_narrow.cuh"
@@ -51,8 +51,8 @@ struct GatheredTokens {  // by other threads
   DEVICE void load(uint8_t*, const Tile&, int, uint32_t) const {}
 };
 
-// One thread feeds the ring with what TMA loads, draws the tiles and tells them. The first stages' weights are asked for
-// before the kernel that writes the tokens has ended.
+// One thread feeds the ring with what TMA loads, draws the tiles and tells them. The first stages' weights are asked
+// for before the kernel that writes the tokens has ended.
 template <class Shared, class Tokens>
 DEVICE void produce(Shared& shared, const Tokens& tokens, const CUtensorMap* b_map, const GemmShape& shape,
                     const TileSchedule& schedule) {
@@ -125,9 +125,8 @@ DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shap
     const int rows_left = tile.rows - first_row;
     cp_async_wait<0>();  // meanwhile nobody shall wait for the last stages of the tile before
     for (; in_flight > 0; --in_flight) announce();
-    feed.begin(tile, [&](int token) {
-      return rows ? __ldcg(rows->row_to_source + tile.row0 + token) : tile.row0 + token;
-    });
+    feed.begin(tile,
+               [&](int token) { return rows ? __ldcg(rows->row_to_source + tile.row0 + token) : tile.row0 + token; });
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       if (in_flight == kInFlight) {  // before the wait below, which is for the readers of another stage
         cp_async_wait<kInFlight - 1>();
@@ -287,8 +286,8 @@ DEVICE void run_gemm2(const CUtensorMap* a_map, const CUtensorMap* b_map, const 
   }
 }
 
-// The kernels (grouped_gemm_sm90.cu, grouped_gemm_mx_sm90.cu). Tensor maps: A [rows, K] in boxes of kBoxRows x 128 bytes,
-// B in boxes of 128 x 128 bytes.
+// The kernels (grouped_gemm_sm90.cu, grouped_gemm_mx_sm90.cu). Tensor maps: A [rows, K] in boxes of kBoxRows x 128
+// bytes, B in boxes of 128 x 128 bytes.
 __global__ void gemm1_sm90(const __grid_constant__ CUtensorMap b_map, const __grid_constant__ GatherA rows,
                            const __grid_constant__ TokenScales scales, const __grid_constant__ GemmShape shape,
                            const __grid_constant__ TileSchedule schedule,

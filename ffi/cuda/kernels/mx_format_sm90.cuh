@@ -1,6 +1,6 @@
 // MxFp8 in the grouped GEMMs: E8M0 scales, 1x32 on tokens, 1x32 or 32x32 on weights. One wgmma a half and 32 of K, then
-// sums += acc * scale of the weight row * scale of the token, all exact but the last addition. Two operations of float32
-// for each sum and 32 of K take twice the time of the wgmmas: the ALUs decide, not the memory.
+// sums += acc * scale of the weight row * scale of the token, all exact but the last addition. Two operations of
+// float32 for each sum and 32 of K take twice the time of the wgmmas: the ALUs decide, not the memory.
 #pragma once
 #include "mx_scale.cuh"
 #include "token_scales.cuh"
@@ -77,7 +77,8 @@ struct MxFormat {
         if (row < 2 * kHalfRows) cp_async_4(smem_address(&stage.weight_words[row]), weights_.words + at_[i]);
         at_[i] += weights_.step();
       }
-      tokens_.for_each(k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.factor[0][token]), from); });
+      tokens_.for_each(k,
+                       [&](int token, const float* from) { cp_async_4(smem_address(&stage.factor[0][token]), from); });
     }
     DEVICE void finish(Stage& stage) const {
       tokens_.for_each(0, [&](int token, const float*) {
@@ -98,8 +99,8 @@ struct MxFormat {
 
   static constexpr int kNarrowTokens = kBlockM;
 
-  // sums += this warpgroup's 64 rows of each half times kTokens tokens, in steps of 32 of K, a half and up to 64 tokens.
-  // Each is multiplied while the one before is added.
+  // sums += this warpgroup's 64 rows of each half times kTokens tokens, in steps of 32 of K, a half and up to 64
+  // tokens. Each is multiplied while the one before is added.
   template <int kTokens, class Release>
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                      const Release& release) {
@@ -192,7 +193,8 @@ struct MxFormat {
     DEVICE void start(float (&d)[kCount], int s, int half, int first) const {
       register_fence(d);
       wgmma_fence();
-      wgmma_m64k32_e4m3(d, weights + 2 * s + half * (kHalfRows * kBlockK / 16), tokens + 2 * s + first * (kBlockK / 16), 0);
+      wgmma_m64k32_e4m3(d, weights + 2 * s + half * (kHalfRows * kBlockK / 16), tokens + 2 * s + first * (kBlockK / 16),
+                        0);
       wgmma_commit();
       register_fence(d);
     }
@@ -207,14 +209,22 @@ struct MxFormat {
   // Until the first of `started` groups has ended.
   static DEVICE void wait_for_one_of(int started) {
     switch (started) {
-      case 8: return wgmma_wait<7>();
-      case 7: return wgmma_wait<6>();
-      case 6: return wgmma_wait<5>();
-      case 5: return wgmma_wait<4>();
-      case 4: return wgmma_wait<3>();
-      case 3: return wgmma_wait<2>();
-      case 2: return wgmma_wait<1>();
-      default: return wgmma_wait();
+      case 8:
+        return wgmma_wait<7>();
+      case 7:
+        return wgmma_wait<6>();
+      case 6:
+        return wgmma_wait<5>();
+      case 5:
+        return wgmma_wait<4>();
+      case 4:
+        return wgmma_wait<3>();
+      case 3:
+        return wgmma_wait<2>();
+      case 2:
+        return wgmma_wait<1>();
+      default:
+        return wgmma_wait();
     }
   }
 

@@ -134,8 +134,8 @@ DEVICE void store_shared_v4(uint32_t smem, uint4 v) {
                : "memory");
 }
 DEVICE void store_shared_f32(uint32_t smem, float v) { store_shared_u32(smem, __float_as_uint(v)); }
-// Four 8x8 matrices of 16-bit elements; lane i gives the 16-byte aligned address of row i % 8 of matrix i / 8, and holds
-// of each matrix elements 2 (i % 4) and 2 (i % 4) + 1 (in the high half) of row i / 4.
+// Four 8x8 matrices of 16-bit elements; lane i gives the 16-byte aligned address of row i % 8 of matrix i / 8, and
+// holds of each matrix elements 2 (i % 4) and 2 (i % 4) + 1 (in the high half) of row i / 4.
 DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b), "r"(c),
                "r"(d)
@@ -144,8 +144,8 @@ DEVICE void store_matrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, u
 // The same, transposed: lane i gives the 16-byte aligned address of column i % 8 of matrix
 // i / 8, and holds of each matrix columns 2 (i % 4) and 2 (i % 4) + 1 (in the high half) of row i / 4.
 DEVICE void store_transposed_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b), "r"(c),
-               "r"(d)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(a), "r"(b),
+               "r"(c), "r"(d)
                : "memory");
 }
 

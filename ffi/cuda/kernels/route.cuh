@@ -21,8 +21,8 @@ struct RouteParameters {
   int32_t* permuted_idx_to_expanded_idx;  // [rows], or null
   int32_t* expert_offsets;                // [L + 1]
   int32_t* num_m_blocks;                  // [1]
-  int most_tail_rows;    // that a block may have beyond kBlockM
-  int32_t* drawn_tiles;  // of each GEMM, set to 0
+  int most_tail_rows;                     // that a block may have beyond kBlockM
+  int32_t* drawn_tiles;                   // of each GEMM, set to 0
   MBlock* m_blocks;
   uint16_t* expert_weights;  // bf16 [num_expanded], or null; packed only
   // By the CTAs after the first num_chunks of the first kernel: of either, what has a source.

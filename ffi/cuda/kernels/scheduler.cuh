@@ -1,7 +1,8 @@
 // Which tile of a grouped GEMM a CTA computes next. Tiles are numbered group by group (up to 16 row blocks of one
-// expert), inside a group by weight column tile, then by row block: CTAs that run together share weight tiles in L2. The
-// first tile of a CTA is its own number, the others it draws one after the other, late: tiles that are neighbours start
-// together however long those before took. The thread that feeds weights draws; the others read a queue in shared memory.
+// expert), inside a group by weight column tile, then by row block: CTAs that run together share weight tiles in L2.
+// The first tile of a CTA is its own number, the others it draws one after the other, late: tiles that are neighbours
+// start together however long those before took. The thread that feeds weights draws; the others read a queue in shared
+// memory.
 #pragma once
 #include "../../workspace.h"
 #include "pipeline.cuh"

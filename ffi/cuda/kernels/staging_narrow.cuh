@@ -1,13 +1,14 @@
 // Narrow tiles: how sums, weight rows by tokens as wgmma leaves them,
 //   sums[half][4 j + 2 v + b]  of row 64 index + fragment_row + 8 v of a half and token 8 j + 2 quad + b,
-// become rows of tokens. Each warp stages, transposed, pieces of 16 bytes a token with the values of its 16 rows, in the
-// order of its registers; whoever copies a piece to its place puts its bytes in the order of the columns.
+// become rows of tokens. Each warp stages, transposed, pieces of 16 bytes a token with the values of its 16 rows, in
+// the order of its registers; whoever copies a piece to its place puts its bytes in the order of the columns.
 #pragma once
 #include "warpgroup.cuh"
 
 namespace jax_moe::cuda {
 
-// The column, in a half's 128, of this thread's row v (0: fragment_row, 1: + 8). kTurns: of the values of half v, in the tile's 128.
+// The column, in a half's 128, of this thread's row v (0: fragment_row, 1: + 8). kTurns: of the values of half v, in
+// the tile's 128.
 template <Order kOrder>
 DEVICE int column_of(const WarpgroupContext& wg, int v) {
   const int warp = wg.warp(), row = wg.lane() / 4, first = wg.index * kWarpgroupRows;

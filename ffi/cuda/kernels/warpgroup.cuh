@@ -1,13 +1,13 @@
-// A math warpgroup and its 128 float32 sums a thread. Tiles of many tokens are wide: tokens on the M side of wgmma, this
-// warpgroup has 64 of them times all 256 weight rows. Tiles of few are narrow: weight rows on the M side, this warpgroup
-// has 64 of each half times all tokens, in steps of 16 tokens.
+// A math warpgroup and its 128 float32 sums a thread. Tiles of many tokens are wide: tokens on the M side of wgmma,
+// this warpgroup has 64 of them times all 256 weight rows. Tiles of few are narrow: weight rows on the M side, this
+// warpgroup has 64 of each half times all tokens, in steps of 16 tokens.
 #pragma once
 #include "ptx.cuh"
 
 namespace jax_moe::cuda {
 
-inline constexpr int kHalfRows = 128;       // weight rows of a half of a tile, one scale block
-inline constexpr int kWarpgroupRows = 64;   // of the M side
+inline constexpr int kHalfRows = 128;      // weight rows of a half of a tile, one scale block
+inline constexpr int kWarpgroupRows = 64;  // of the M side
 inline constexpr int kMathWarpgroups = 2;
 inline constexpr int kStagingBytes = 8192;  // of a warpgroup
 

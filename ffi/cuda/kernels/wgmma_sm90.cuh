@@ -1,6 +1,6 @@
 // wgmma with fp8 operands from shared memory: D[64][kN] (+)= A[64][32] B[kN][32]^T, one overload a shape: d has kN / 2
-// accumulators. Thread t of the warpgroup holds D rows 16 (t / 32) + t % 32 / 4 (+ 8) and columns 8 j + 2 (t % 4) (+ 1):
-// d[4 j + 0, 1] the first row, d[4 j + 2, 3] the second. Until wgmma_wait() the accumulators must not be touched.
+// accumulators. Thread t of the warpgroup holds D rows 16 (t / 32) + t % 32 / 4 (+ 8) and columns 8 j + 2 (t % 4) (+
+// 1): d[4 j + 0, 1] the first row, d[4 j + 2, 3] the second. Until wgmma_wait() the accumulators must not be touched.
 #pragma once
 #include "ptx.cuh"
 
