@@ -20,7 +20,7 @@ torch_calls = pytest.importorskip("torch_calls")
 
 from torch.utils._pytree import tree_map_only  # noqa: E402
 
-TOKENS = (1, 3, 16, 17, 64, 300)
+TOKENS = (1, 3, 16, 17, 64, 140, 300)  # with one expert: narrow tiles, wide ones, a wide one with a narrow part
 WIDE = cases.Case("wide", max(TOKENS), 1024, 512, 32, 8, (4, 20), "mixed", "signed")
 FORMS = {
     "fp8": WIDE,
