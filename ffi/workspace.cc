@@ -37,6 +37,11 @@ bool MayDecode(const Problem& p) {
   return p.do_finalize && !p.has_gemm1_lora_delta && !p.batch_invariant && p.local_num_experts <= kMaxDecodeExperts;
 }
 
+int64_t Y2Columns(const Problem& p) {
+  if (!p.do_finalize || p.num_tokens <= kMostTokensOfWholeY2) return p.hidden_size;
+  return std::min((p.hidden_size / 2 + kSlabStep - 1) / kSlabStep * kSlabStep, p.hidden_size);
+}
+
 Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   const int64_t h_blocks = p.hidden_size / kScaleBlock, i_blocks = p.intermediate_size / kScaleBlock;
   const int64_t experts = p.local_num_experts;
@@ -68,7 +73,8 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   w.expanded_idx_to_permuted_idx = p.do_finalize && !p.has_gemm1_lora_delta
                                        ? carve.Take<int32_t>({0, p.top_k})
                                        : static_cast<int32_t*>(buffers.expanded_idx_to_permuted_idx.data);
-  w.y2 = p.do_finalize ? carve.Take<uint16_t>({0, p.top_k * p.hidden_size})
+  w.y2_columns = Y2Columns(p);
+  w.y2 = p.do_finalize ? carve.Take<uint16_t>({0, p.top_k * w.y2_columns})
                        : static_cast<uint16_t*>(buffers.gemm2_output.data);
   if (MayDecode(p)) {
     w.decode_h = carve.Take<float>({kMaxDecodeSlots * p.intermediate_size, 0});

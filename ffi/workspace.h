@@ -2,6 +2,8 @@
 // to learn the size (affine in the number of tokens) and to hand out pointers. Both backends use it, so that a module
 // exported for both platforms has one workspace size.
 #pragma once
+#include <algorithm>
+
 #include "moe.h"
 
 namespace jax_moe {
@@ -29,6 +31,16 @@ inline constexpr int kMaxDecodeExperts = 4096;
 // A large call is routed in at most this many chunks of consecutive expanded indices.
 inline constexpr int kMaxRouteChunks = 128;
 
+// A larger call has y2 for half of the columns at a time, half after half: y2 is most of its workspace, and reading h
+// twice costs little then.
+inline constexpr int64_t kMostTokensOfWholeY2 = 8192;
+inline constexpr int64_t kSlabStep = 256;  // a column tile of GEMM2
+
+// Columns of H that are in y2 together.
+struct Slab {
+  int64_t first, columns;
+};
+
 // NOTE: with MxFp8 each float of a scale array holds four E8M0 bytes instead, those of its 4 x 32 columns in order.
 struct Workspace {
   uint8_t* x;                             // e4m3 [T, H]       quantised hidden_states (bf16 input only)
@@ -42,16 +54,25 @@ struct Workspace {
   int32_t* drawn_tiles;                   // [2]               tiles that CTAs of GEMM1 and GEMM2 have drawn
   MBlock* m_blocks;                       // [T*K/128 + L + 1]
   float* permuted_x_scale;                // [H/128, scale_stride]; on a GPU [H/128, T], only where MxFp8 needs it
-  uint8_t* h;      // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
-  float* h_scale;  // [I/128, scale_stride], or the result gemm1_activation_scale
-  uint16_t* y2;    // bf16 [T*K, H]     or the result gemm2_output without do_finalize
+  uint8_t* h;          // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
+  float* h_scale;      // [I/128, scale_stride], or the result gemm1_activation_scale
+  uint16_t* y2;        // bf16 [T*K, y2_columns]    or the result gemm2_output without do_finalize
+  int64_t y2_columns;  // H, or those of the first slab, the widest
   // Of calls that could take the decode kernels: the activation of a slot, in float32, then quantised.
   float* decode_h;        // f32 [kMaxDecodeSlots, I]
   uint8_t* decode_codes;  // e4m3 [kMaxDecodeSlots, I]
   float* decode_scales;   // [kMaxDecodeSlots, I/128 rounded up to a multiple of 4]
   int64_t scale_stride;   // Problem::scale_stride()
-  AffineBytes size;       // an upper bound for every number of tokens
+  AffineBytes size;       // an upper bound for every number of tokens, on this one's side of kMostTokensOfWholeY2
+
+  // That from column `first` on.
+  Slab slab(const Problem& problem, int64_t first) const {
+    return {first, std::min(y2_columns, problem.hidden_size - first)};
+  }
 };
+
+// Columns of a whole y2, or of its widest slab.
+int64_t Y2Columns(const Problem& problem);
 
 // Whether its options let a problem take the decode kernels, whatever its number of tokens.
 bool MayDecode(const Problem& problem);

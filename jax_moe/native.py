@@ -107,9 +107,10 @@ def handle(problem: contract.Problem) -> Any:
 
 
 def workspace_bytes(problem: contract.Problem) -> Any:
-    """Bytes of workspace that a call needs; an affine function of num_tokens, which may be symbolic."""
+    """Bytes of workspace that a call needs. Of a symbolic num_tokens, an affine function that suffices for all."""
+    known = problem.num_tokens if isinstance(problem.num_tokens, int) else 0
     sizes = dataclasses.replace(
-        problem, num_tokens=0, hidden_states_scale_block_stride=0, hidden_states_scale_token_stride=0
+        problem, num_tokens=known, hidden_states_scale_block_stride=0, hidden_states_scale_token_stride=0
     )
     constant, per_token = _workspace_size(sizes)
     return constant + per_token * problem.num_tokens

@@ -141,6 +141,10 @@ def _small_cases() -> list[Case]:
     # Every width of a tile of the grouped kernels, and both sides of each.
     rows = (16, 17, 32, 33, 48, 49, 64, 65, 128, 129, 144, 145, 160, 272, 273)
     cases += [Case(f"rows_{n}", n, 256, 256, 2, 1, routing="one_expert", do_finalize=n % 2 == 0) for n in rows]
+    # Scales of bf16 tokens, four K blocks at a time.
+    bf16 = {"x_dtype": "bfloat16", "routing": "one_expert"}
+    cases += [Case(f"bf16_quads_{n}", n, 1536, 128, 2, 1, **bf16) for n in (33, 140, 257)]
+    cases.append(Case("bf16_quads_h512", 150, 512, 256, 8, 3, x_dtype="bfloat16"))
     return cases
 
 
@@ -311,6 +315,10 @@ def _large_cases() -> list[Case]:
         _layer("qwen3_30b", 2048, name="qwen3_30b_mx_shuffled_bf16", shuffled=True, **(MX | bf16)),
         _layer("qwen3_30b", 300, name="qwen3_30b_mx_grid", **MX, **GRID),
         Case("past_2_31_mx", 40000, 7168, 256, 16, 8, size="large", **MX | {"scale_order": "padded"}),
+        Case("slabs", 9000, 1024, 512, 16, 4, size="large"),  # y2 in two of them
+        Case("slabs_h384_bf16", 9000, 384, 512, 8, 3, (2, 5), size="large", **bf16),
+        Case("slabs_one_block", 9000, 128, 512, 8, 2, size="large", **BLOCKED),
+        Case("slabs_mx", 9000, 640, 512, 8, 2, size="large", shuffled=True, **MX),
         Case("past_2_31_lora", 40000, 256, 3584, 16, 8, lora=True, size="large"),
     ]
     return cases

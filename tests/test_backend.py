@@ -233,6 +233,22 @@ def test_workspace_size_is_affine_in_tokens(do_finalize, lora):
     assert sizes[3] - sizes[0] == 1000 * (sizes[1] - sizes[0]) == 500 * (sizes[2] - sizes[0]) > 0
 
 
+@pytest.mark.parametrize("case", [Case("", 8193, 384, 128, 4, 2), Case("", 8200, 128, 128, 3, 1)], ids=["two", "one"])
+def test_a_large_call_keeps_half_of_its_rows_columns_at_a_time(case):
+    """It has the bits of two calls of half its tokens each, and less workspace than both."""
+    call = Call(case)
+    output = call.run()["output"]
+    parts = []
+    for tokens in np.array_split(np.arange(case.tokens), 2):
+        part = dict(call.given)
+        for name, axis in (("topk_ids", 0), ("hidden_states", 0), ("hidden_states_scale", 1)):
+            part[name] = np.ascontiguousarray(np.take(call.given[name], tokens, axis))
+        parts.append(Call(dataclasses.replace(case, tokens=len(tokens)), part))
+    compare.assert_same_bits(output, np.concatenate([part.run()["output"] for part in parts]), "output")
+    saved = sum(part.outputs["workspace"].nbytes for part in parts) - call.outputs["workspace"].nbytes
+    assert saved >= case.tokens * case.top_k * 2 * max(case.hidden - 256, 0)  # bytes of bfloat16
+
+
 @pytest.mark.parametrize("name", ["t53", "routing_mixed_window", "lora", "identity"])
 def test_a_layout_changes_no_bit(name):
     """The same weights in every layout give the same results."""

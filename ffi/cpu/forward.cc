@@ -17,8 +17,11 @@ Status Forward(const Problem& problem, const Buffers& buffers, int stages) {
     if (stages & kRoute) Route(call);
     if (stages & kPermute) Permute(call);
     if (stages & kGemm1) Gemm1(call);
-    if (stages & kGemm2) Gemm2(call);
-    if ((stages & kFinalize) && problem.do_finalize) Finalize(call);
+    for (int64_t first = 0; first < problem.hidden_size; first += workspace.y2_columns) {
+      const Slab slab = workspace.slab(problem, first);
+      if (stages & kGemm2) Gemm2(call, slab);
+      if ((stages & kFinalize) && problem.do_finalize) Finalize(call, slab);
+    }
   } catch (const std::exception& e) {
     return Status::Internal(std::string("the CPU backend failed: ") + e.what());
   }

@@ -110,21 +110,22 @@ void Gemm1(const Call& call) {
 
 void Gemm1(const Call& call) { call.problem.gated() ? Gemm1<2>(call) : Gemm1<1>(call); }
 
-void Gemm2(const Call& call) {
+void Gemm2(const Call& call, Slab slab) {
   const Workspace& w = call.workspace;
   const int64_t hidden = call.problem.hidden_size, inter = call.problem.intermediate_size;
-  const auto item = [&](const MBlock& block, int64_t h_block, Panel& panel) {
+  const auto item = [&](const MBlock& block, int64_t slab_block, Panel& panel) {
+    const int64_t column = slab_block * kScaleBlock;
     const WeightMatrix weights(call.problem, call.buffers.gemm2_weights, call.buffers.gemm2_weights_scale, block.expert,
                                hidden, inter, false);
     for (int r = 0; r < block.rows; ++r) panel.codes[r] = w.h + (block.row0 + r) * inter;
-    MultiplyItem<1>(weights, {h_block * kScaleBlock}, w.h_scale + block.row0, w.scale_stride, block.rows, panel);
+    MultiplyItem<1>(weights, {slab.first + column}, w.h_scale + block.row0, w.scale_stride, block.rows, panel);
     for (int r = 0; r < block.rows; ++r) {
       float values[kScaleBlock];
       panel.Read(r, 0, values);
-      RoundToBfloat16(values, w.y2 + (block.row0 + r) * hidden + h_block * kScaleBlock);
+      RoundToBfloat16(values, w.y2 + (block.row0 + r) * w.y2_columns + column);
     }
   };
-  ForEachItem(call, hidden / kScaleBlock, kScaleBlock * inter, item);
+  ForEachItem(call, slab.columns / kScaleBlock, kScaleBlock * inter, item);
 }
 
 }  // namespace jax_moe::cpu

@@ -11,11 +11,11 @@ struct Call {
   const Workspace& workspace;
 };
 
-void Route(const Call& call);     // the row of every expanded index, the row blocks of every expert, expert_weights
-void Permute(const Call& call);   // bf16 hidden_states to e4m3, and the scales of every permuted row
-void Gemm1(const Call& call);     // h = e4m3(activation(x gemm1_weights^T))
-void Gemm2(const Call& call);     // y2 = bf16(h gemm2_weights^T)
-void Finalize(const Call& call);  // output = weighted sums of y2
+void Route(const Call& call);    // the row of every expanded index, the row blocks of every expert, expert_weights
+void Permute(const Call& call);  // bf16 hidden_states to e4m3, and the scales of every permuted row
+void Gemm1(const Call& call);    // h = e4m3(activation(x gemm1_weights^T))
+void Gemm2(const Call& call, Slab slab);     // y2 = bf16(h gemm2_weights^T), in some columns
+void Finalize(const Call& call, Slab slab);  // output = weighted sums of y2, in those columns
 
 // The e4m3 codes of hidden_states, [T, H].
 inline const uint8_t* QuantizedHiddenStates(const Call& call) {

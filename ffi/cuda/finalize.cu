@@ -22,7 +22,7 @@ Status FinalizeRows(const FinalizeProblem& p, const FinalizeBuffers& b, int devi
   f.weights = {b.expert_weights.data, bf16 ? WeightsType::kBFloat16 : WeightsType::kFloat32};
   f.output = static_cast<uint16_t*>(b.output.data);
   f.top_k = int(p.top_k);
-  f.hidden = int(p.hidden_size);
+  f.columns = f.y2_stride = f.output_stride = int(p.hidden_size);
   const int64_t columns = (p.hidden_size + kFinalizeColumnsPerCta - 1) / kFinalizeColumnsPerCta;
   return Launch("finalize", finalize, {unsigned(p.num_tokens * columns), kFinalizeThreads},
                 static_cast<cudaStream_t>(stream), f);

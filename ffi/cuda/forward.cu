@@ -130,42 +130,46 @@ Status Gemm1(const Call& c) {
                 token_scales, shape, schedule, epilogue);
 }
 
-Status Gemm2(const Call& c) {
+Status Gemm2(const Call& c, Slab slab) {
   const Workspace& w = c.workspace;
   const int64_t rows = c.p.expanded_rows(), hidden = c.p.hidden_size, inter = c.p.intermediate_size;
   CUtensorMap a_map, b_map;
   GemmShape shape{};
-  shape.column_step = 256;
+  shape.column_step = kSlabStep;
   shape.half_step = 128;
+  shape.first_row = int(slab.first);
   Status s = EncodeBytes(&a_map, w.h, rows, inter, kBoxRows);
   if (s.ok())
     s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &b_map, &shape);
   if (!s.ok()) return s;
   const TokenScales token_scales{w.h_scale, w.scale_stride, 1};
-  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.drawn_tiles + 1, c.config.gemm2_columns};
+  const int columns = int(Ctas(slab.columns, kSlabStep));
+  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.drawn_tiles + 1, columns};
   const bool shuffled = c.p.use_shuffled_weight != 0;
   const unsigned grid = unsigned(c.config.gemm2_grid);
   if (c.p.mx()) {
     const MxScales scales{token_scales, DescribeScales(c, c.buffers.gemm2_weights_scale, false)};
-    const MxBf16Epilogue epilogue{w.y2, hidden, shuffled};
+    const MxBf16Epilogue epilogue{w.y2, w.y2_columns, slab.columns, shuffled};
     return Launch("gemm2_mx_sm90", gemm2_mx_sm90, {grid, kGemmThreads, kMxGemm2SharedBytes, true}, c.stream, a_map,
                   b_map, scales, shape, schedule, epilogue);
   }
-  const Bf16Epilogue epilogue{w.y2, hidden, shuffled};
+  const Bf16Epilogue epilogue{w.y2, w.y2_columns, slab.columns, shuffled};
   return Launch("gemm2_sm90", gemm2_sm90, {grid, kGemmThreads, kGemm2SharedBytes, true}, c.stream, a_map, b_map,
                 token_scales, shape, schedule, epilogue);
 }
 
-Status Finalize(const Call& c) {
+Status Finalize(const Call& c, Slab slab) {
   FinalizeParameters f{};
   f.y2 = c.workspace.y2;
   f.expanded_idx_to_permuted_idx = c.workspace.expanded_idx_to_permuted_idx;
   f.weights = c.slot_weights();
-  f.output = static_cast<uint16_t*>(c.buffers.output.data);
+  f.output = static_cast<uint16_t*>(c.buffers.output.data) + slab.first;
   f.top_k = int(c.p.top_k);
-  f.hidden = int(c.p.hidden_size);
+  f.columns = int(slab.columns);
+  f.y2_stride = int(c.workspace.y2_columns);
+  f.output_stride = int(c.p.hidden_size);
   f.num_rows = int(c.p.expanded_rows());
-  const unsigned grid = unsigned(c.p.num_tokens) * Ctas(c.p.hidden_size, kFinalizeColumnsPerCta);
+  const unsigned grid = unsigned(c.p.num_tokens) * Ctas(slab.columns, kFinalizeColumnsPerCta);
   return Launch("finalize", finalize, {grid, kFinalizeThreads, 0, true}, c.stream, f);
 }
 
@@ -213,22 +217,20 @@ Status Forward(const Problem& problem, const Buffers& buffers, int device, void*
   const Config config = Select(problem, num_sms);
   const Call call{problem, buffers, workspace, config,
                   LaunchStream(static_cast<cudaStream_t>(stream), problem.enable_pdl != 0)};
-  const struct {
-    Stage stage;
-    const char* name;
-    Status (*grouped)(const Call&);  // null: nothing to do, as LaunchedStages says
-    Status (*decode)(const Call&);
-  } order[] = {{kRoute, "route", Route, nullptr},
-               {kPermute, "permute", nullptr, nullptr},
-               {kGemm1, "gemm1", Gemm1, DecodeGemm1},
-               {kGemm2, "gemm2", Gemm2, DecodeGemm2},
-               {kFinalize, "finalize", Finalize, nullptr}};
   const int launched = stages & LaunchedStages(problem, config);
-  for (const auto& step : order) {
-    if (!(launched & step.stage)) continue;
-    const auto run = config.decode.used ? step.decode : step.grouped;
-    if (Status s = run(call); !s.ok()) return s;
-    if (Status s = CheckStage(step.name, call.stream.handle); !s.ok()) return s;
+  const auto run = [&](Stage stage, const char* name, const auto& launch) -> Status {
+    if (!(launched & stage)) return {};
+    if (Status s = launch(); !s.ok()) return s;
+    return CheckStage(name, call.stream.handle);
+  };
+  const bool decode = config.decode.used;
+  if (Status s = run(kRoute, "route", [&] { return Route(call); }); !s.ok()) return s;
+  if (Status s = run(kGemm1, "gemm1", [&] { return decode ? DecodeGemm1(call) : Gemm1(call); }); !s.ok()) return s;
+  for (int64_t first = 0; first < problem.hidden_size; first += workspace.y2_columns) {
+    const Slab slab = workspace.slab(problem, first);
+    if (Status s = run(kGemm2, "gemm2", [&] { return decode ? DecodeGemm2(call) : Gemm2(call, slab); }); !s.ok())
+      return s;
+    if (Status s = run(kFinalize, "finalize", [&] { return Finalize(call, slab); }); !s.ok()) return s;
   }
   return {};
 }

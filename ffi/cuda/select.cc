@@ -113,7 +113,7 @@ Config Select(const Problem& p, int num_sms) {
   // SM, fewer when even the worst routing has fewer tiles.
   const int64_t most_m_blocks = std::min(rows, rows / kBlockM + std::min(p.local_num_experts, rows));
   c.gemm1_columns = int(CeilDiv(p.intermediate_size, p.gated() ? 128 : 256));
-  c.gemm2_columns = int(CeilDiv(p.hidden_size, 256));
+  c.gemm2_columns = int(CeilDiv(Y2Columns(p), kSlabStep));
   c.gemm1_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm1_columns));
   c.gemm2_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm2_columns));
   return c;
@@ -150,6 +150,7 @@ std::string Explain(const Problem& p, int num_sms) {
        << " CTAs\n"
        << "gemm2: " << kernel << "256 rows x 16 to 128 tokens, bf16, " << c.gemm2_columns << " column tiles, "
        << c.gemm2_grid << " CTAs\n"
+       << (Y2Columns(p) < p.hidden_size ? "gemm2 and finalize: one half of the columns after the other\n" : "")
        << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller") << "\n"
        << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
   return text.str();

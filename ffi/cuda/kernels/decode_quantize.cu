@@ -32,7 +32,9 @@ DEVICE void quantize_h(const DecodeQuantizeParameters& p) {
   } else {
     *reinterpret_cast<uint32_t*>(p.codes + at) = quantize_f32(load_fresh_v4(p.h + at), scale);
   }
-  if (lane == 0) p.scales[slot * scale_pitch(p.k_blocks) + chunk] = scale;
+  // GEMM2 loads whole rows of scales: what follows a row's last is 0, not whatever was there.
+  if (lane == 0 || (chunk + 1 == p.k_blocks && chunk + lane < scale_pitch(p.k_blocks)))
+    p.scales[slot * scale_pitch(p.k_blocks) + chunk + lane] = lane == 0 ? scale : 0.f;
 }
 
 }  // namespace

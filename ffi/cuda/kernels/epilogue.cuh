@@ -40,11 +40,11 @@ struct ActivationEpilogueOf {
 using ActivationEpilogue = ActivationEpilogueOf<false>;
 using MxActivationEpilogue = ActivationEpilogueOf<true>;
 
-// y2[row, 256 n + c] = bf16(sum).
+// y2[row, 256 n + c] = bf16(sum), where that is one of the columns.
 template <bool kIsMx>
 struct Bf16EpilogueOf {
-  uint16_t* y2;    // [rows, H]
-  int64_t hidden;  // H
+  uint16_t* y2;  // [rows, stride]
+  int64_t stride, columns;
   bool shuffled;
 
   static constexpr Order kShuffledOrder = kIsMx ? Order::kEights : Order::kFours;

@@ -227,9 +227,9 @@ struct NarrowBf16 {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t first = int64_t(tile.column) * 256 + half * kHalfRows;
-      if (first >= p.hidden) return;  // the second half of the last tile when H is an odd multiple of 128
+      if (first >= p.columns) return;  // the second half of the last tile when H is an odd multiple of 128
       const int piece = wg.thread % 8;
-      uint16_t* to = p.y2 + wg.row0 * p.hidden + first + wg.index * kWarpgroupRows + 8 * piece;
+      uint16_t* to = p.y2 + wg.row0 * p.stride + first + wg.index * kWarpgroupRows + 8 * piece;
       wg.sync();  // what was staged before has been read
 #pragma unroll
       for (int chunk = 0; chunk < kMaxTokens / kChunkTokens; ++chunk) {
@@ -248,7 +248,7 @@ struct NarrowBf16 {
         for (int i = 0; i < 2; ++i) {
           const int token = 16 * i + wg.thread / 8, of_tile = chunk * kChunkTokens + token;
           if (of_tile < wg.tokens)
-            *reinterpret_cast<uint4*>(to + of_tile * p.hidden) = staged.get<kOrder>(token, piece);
+            *reinterpret_cast<uint4*>(to + of_tile * p.stride) = staged.get<kOrder>(token, piece);
         }
       }
     }

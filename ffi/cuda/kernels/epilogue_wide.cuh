@@ -1,6 +1,7 @@
 // Epilogues of wide tiles, of DeepSeekFp8: this warpgroup's 64 tokens by 256 weight rows as wgmma leaves them,
 //   sums[half][4 j + 2 r + b]  of token fragment_row + 8 r and row 8 j + 2 quad + b of a half.
-// Rows leave through swizzled shared memory, in predicated 16-byte pieces.
+// Rows leave through swizzled shared memory, in predicated 16-byte pieces. A warp stages and stores its own 16 rows, so
+// that it waits for no other.
 #pragma once
 #include "epilogue.cuh"
 
@@ -16,11 +17,11 @@ DEVICE float4 fragment(const float (&sums)[64], int group, int r) {
                                  : make_float4(low[0], low[1], high[0], high[1]);
 }
 
-// Copies the staged 64 x 128 bytes to rows of `stride` bytes at `destination` (16-byte aligned).
+// Copies this warp's staged 16 x 128 bytes to rows of `stride` bytes at `destination` (16-byte aligned).
 DEVICE void store_rows(const WarpgroupContext& wg, uint8_t* destination, int64_t stride) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int row = i * 16 + wg.thread / 8, piece = wg.thread % 8;
+    const int row = wg.warp() * 16 + i * 4 + wg.lane() / 8, piece = wg.lane() % 8;
     const uint4 v = load_shared_v4(WarpgroupContext::swizzled(wg.staging, row, piece));
     if (row < wg.tokens) *reinterpret_cast<uint4*>(destination + row * stride + piece * 16) = v;
   }
@@ -106,7 +107,7 @@ struct WideActivation {
       const int row = wg.fragment_row() + 8 * r;
       if (wg.quad() == 0 && row < wg.tokens) p.h_scale[column / 128 * p.scale_stride + wg.row0 + row] = scale;
     }
-    wg.sync();  // what was staged before has been read
+    __syncwarp();  // what was staged before has been read
 #pragma unroll
     for (int group = 0; group < 8; ++group) {
 #pragma unroll
@@ -123,7 +124,7 @@ struct WideActivation {
         }
       }
     }
-    wg.sync();
+    __syncwarp();
     store_rows(wg, p.h + wg.row0 * p.intermediate + column, p.intermediate);
   }
 };
@@ -137,14 +138,14 @@ struct WideBf16 {
 #pragma unroll
     for (int chunk = 0; chunk < 4; ++chunk) {  // 64 columns = 128 bytes a row
       const int64_t first = int64_t(tile.column) * 256 + chunk * 64;
-      if (first >= p.hidden) return;  // the second half of the last tile when H is an odd multiple of 128
-      wg.sync();                      // what was staged before has been read
+      if (first >= p.columns) return;  // the second half of the last tile when H is an odd multiple of 128
+      __syncwarp();                    // what was staged before has been read
       if (p.shuffled)
         stage_fours(sums[chunk / 2], chunk % 2 * 4);
       else
         stage(&sums[chunk / 2][chunk % 2 * 32]);
-      wg.sync();
-      store_rows(wg, reinterpret_cast<uint8_t*>(p.y2 + wg.row0 * p.hidden + first), p.hidden * 2);
+      __syncwarp();
+      store_rows(wg, reinterpret_cast<uint8_t*>(p.y2 + wg.row0 * p.stride + first), p.stride * 2);
     }
   }
 

@@ -7,7 +7,7 @@ namespace jax_moe::cuda {
 
 __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_constant__ FinalizeParameters p) {
   constexpr int kInFlight = 8;
-  const int chunks = (p.hidden + kFinalizeColumnsPerCta - 1) / kFinalizeColumnsPerCta;
+  const int chunks = (p.columns + kFinalizeColumnsPerCta - 1) / kFinalizeColumnsPerCta;
   const int64_t token = blockIdx.x / chunks;
   const int column = int(blockIdx.x % chunks) * kFinalizeColumnsPerCta + threadIdx.x * 8, lane = threadIdx.x % 32;
   // Lane i has the row and the weight of slot i. NOTE: read before the wait: this kernel starts when GEMM2 has waited
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
   }
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const bool inside = column < p.hidden;  // NOTE: no return: the lanes outside still have slots for the others
+  const bool inside = column < p.columns;  // NOTE: no return: the lanes outside still have slots for the others
   float sum[8] = {};
   for (int first = 0; first < p.top_k; first += kInFlight) {
     uint4 y[kInFlight];
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
       const int y_row = __shfl_sync(~0u, row, first + i);
       y[i] = make_uint4(0, 0, 0, 0);
       if (inside && y_row >= 0)
-        y[i] = __ldcs(reinterpret_cast<const uint4*>(p.y2 + int64_t(y_row) * p.hidden + column));
+        y[i] = __ldcs(reinterpret_cast<const uint4*>(p.y2 + int64_t(y_row) * p.y2_stride + column));
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
   out.y = to_bf16x2(sum[2], sum[3]);
   out.z = to_bf16x2(sum[4], sum[5]);
   out.w = to_bf16x2(sum[6], sum[7]);
-  *reinterpret_cast<uint4*>(p.output + token * p.hidden + column) = out;
+  *reinterpret_cast<uint4*>(p.output + token * p.output_stride + column) = out;
 }
 
 }  // namespace jax_moe::cuda

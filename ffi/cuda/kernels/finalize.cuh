@@ -9,16 +9,17 @@ inline constexpr int kFinalizeThreads = 128;
 inline constexpr int kFinalizeColumnsPerCta = kFinalizeThreads * 8;
 
 struct FinalizeParameters {
-  const uint16_t* y2;                           // bf16 [num_rows, H]
+  const uint16_t* y2;                           // bf16 [num_rows, y2_stride], columns of them
   const int32_t* expanded_idx_to_permuted_idx;  // [T * K]
   SlotWeights weights;
-  uint16_t* output;  // bf16 [T, H]
+  uint16_t* output;  // bf16 [T, output_stride], likewise
   int top_k;
-  int hidden;    // H
+  int columns;
+  int y2_stride, output_stride;
   int num_rows;  // a row outside [0, num_rows) is none
 };
 
-// Grid: T * ceil(H / kFinalizeColumnsPerCta) CTAs, columns fastest.
+// Grid: T * ceil(columns / kFinalizeColumnsPerCta) CTAs, columns fastest.
 __global__ void finalize(const __grid_constant__ FinalizeParameters p);
 
 }  // namespace jax_moe::cuda

@@ -214,6 +214,7 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epi
           wg.tokens = tail_tokens;
           wg.row0 = tile.row0 + kBlockM;
           finish<false, 32>(epilogue, shared, wg, tail, tile);
+          wg.sync();  // what was staged has been read; wide tiles' warps stage on their own
         }
         wg.tokens = min(tile.rows - warpgroup * kWarpgroupRows, kWarpgroupRows);
         wg.row0 = tile.row0 + warpgroup * kWarpgroupRows;

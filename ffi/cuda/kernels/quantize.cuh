@@ -54,12 +54,15 @@ struct QuantizeTokens {
           out = quantize_bf16(v[i], scale);
         if (block >= num_blocks) continue;
         *(reinterpret_cast<uint2*>(codes) + block * 16 + piece) = out;
-        float* to = scales + (block / k_blocks * scale_pitch + block % k_blocks);
+        const int of_row = int(block % k_blocks);
+        float* to = scales + (block / k_blocks * scale_pitch + of_row);
         if constexpr (kMx) {
           if (piece % 4 == 0) reinterpret_cast<uint8_t*>(to)[piece / 4] = uint8_t(byte);
         } else {
           if (piece == 0) *to = scale;
         }
+        if (of_row + 1 == k_blocks && piece > 0 && of_row + piece < scale_pitch)
+          to[piece] = 0.f;  // whole rows are loaded
       }
     }
   }

@@ -13,14 +13,15 @@ struct TokenScales {
   int64_t block_stride, row_stride;
 };
 
-// What both GEMMs are told. A tile's two halves are 128 weight rows each, from column * column_step on and half_step
-// rows later. Box (row, k) of an expert begins at element (k * k_columns, expert * expert_stride + k * k_stride + row)
-// of the weights: MajorK steps along its rows, BlockMajorK from one [rows, 128] matrix to the next.
+// What both GEMMs are told. A tile's two halves are 128 weight rows each, from first_row + column * column_step on and
+// half_step rows later. Box (row, k) of an expert begins at element (k * k_columns, expert * expert_stride + k *
+// k_stride + row) of the weights: MajorK steps along its rows, BlockMajorK from one [rows, 128] matrix to the next.
 struct GemmShape {
   const float* b_scale;  // [L * rows_per_expert / 128, k_blocks]
   int rows_per_expert;   // M or H
   int column_step;       // 128 (gate and up side by side) or 256
   int half_step;         // I or 128
+  int first_row;         // of the first column tile
   int k_blocks;          // K / 128
   int expert_stride;     // rows_per_expert, or k_blocks times that
   int k_stride;          // 0, or rows_per_expert
@@ -30,8 +31,8 @@ struct GemmShape {
 // First weight row of a half, in its expert. NOTE: the second half of the last tile is outside the expert when
 // rows_per_expert is an odd multiple of 128; it repeats the first half and its sums are not stored.
 DEVICE int b_row(const GemmShape& shape, const Tile& tile, int half) {
-  const int row = tile.column * shape.column_step + half * shape.half_step;
-  return row < shape.rows_per_expert ? row : tile.column * shape.column_step;
+  const int first = shape.first_row + tile.column * shape.column_step, row = first + half * shape.half_step;
+  return row < shape.rows_per_expert ? row : first;
 }
 
 // Where the scales of some of a tile's tokens are, kThreads apart, those of one of kThreads producer threads.
