@@ -133,12 +133,13 @@ Status Gemm1(const Call& c) {
 Status Gemm2(const Call& c, Slab slab) {
   const Workspace& w = c.workspace;
   const int64_t rows = c.p.expanded_rows(), hidden = c.p.hidden_size, inter = c.p.intermediate_size;
-  CUtensorMap a_map, b_map;
+  CUtensorMap a_map, large_a_map, b_map;
   GemmShape shape{};
   shape.column_step = kSlabStep;
   shape.half_step = 128;
   shape.first_row = int(slab.first);
   Status s = EncodeBytes(&a_map, w.h, rows, inter, kBoxRows);
+  if (s.ok()) s = EncodeBytes(&large_a_map, w.h, rows, inter, kLargeBoxRows);
   if (s.ok())
     s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &b_map, &shape);
   if (!s.ok()) return s;
@@ -151,11 +152,11 @@ Status Gemm2(const Call& c, Slab slab) {
     const MxScales scales{token_scales, DescribeScales(c, c.buffers.gemm2_weights_scale, false)};
     const MxBf16Epilogue epilogue{w.y2, w.y2_columns, slab.columns, shuffled};
     return Launch("gemm2_mx_sm90", gemm2_mx_sm90, {grid, kGemmThreads, kMxGemm2SharedBytes, true}, c.stream, a_map,
-                  b_map, scales, shape, schedule, epilogue);
+                  large_a_map, b_map, scales, shape, schedule, epilogue);
   }
   const Bf16Epilogue epilogue{w.y2, w.y2_columns, slab.columns, shuffled};
-  return Launch("gemm2_sm90", gemm2_sm90, {grid, kGemmThreads, kGemm2SharedBytes, true}, c.stream, a_map, b_map,
-                token_scales, shape, schedule, epilogue);
+  return Launch("gemm2_sm90", gemm2_sm90, {grid, kGemmThreads, kGemm2SharedBytes, true}, c.stream, a_map, large_a_map,
+                b_map, token_scales, shape, schedule, epilogue);
 }
 
 Status Finalize(const Call& c, Slab slab) {

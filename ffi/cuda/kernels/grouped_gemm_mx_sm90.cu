@@ -12,10 +12,11 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 }
 
 __global__ void __launch_bounds__(kGemmThreads, 1)
-    gemm2_mx_sm90(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-                  const __grid_constant__ MxScales scales, const __grid_constant__ GemmShape shape,
-                  const __grid_constant__ TileSchedule schedule, const __grid_constant__ MxBf16Epilogue epilogue) {
-  run_gemm2<MxFormat>(&a_map, &b_map, scales, shape, schedule, epilogue);
+    gemm2_mx_sm90(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap large_a_map,
+                  const __grid_constant__ CUtensorMap b_map, const __grid_constant__ MxScales scales,
+                  const __grid_constant__ GemmShape shape, const __grid_constant__ TileSchedule schedule,
+                  const __grid_constant__ MxBf16Epilogue epilogue) {
+  run_gemm2<MxFormat>({&a_map, &large_a_map}, &b_map, scales, shape, schedule, epilogue);
 }
 
 }  // namespace jax_moe::cuda
