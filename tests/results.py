@@ -120,7 +120,7 @@ def named(name: str, array: NDArray, results: Mapping[str, NDArray]) -> NDArray:
     return array
 
 
-def chosen_tokens(case: cases.Case, count: int = 8) -> NDArray:
+def chosen_tokens(case: cases.Case, count: int = 32) -> NDArray:
     """Some tokens, the first and the last among them."""
     if case.tokens <= count:
         return np.arange(case.tokens)

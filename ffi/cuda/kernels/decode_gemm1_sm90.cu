@@ -9,30 +9,13 @@ namespace jax_moe::cuda {
 namespace {
 
 constexpr int kExpertsBarrier = 1, kTokensBarrier = 2;
-constexpr int kSumsBarrier = 3;  // one for each of kTileBuffers
 constexpr int kProducerThread = kDecodeMathThreads, kFinishThread = kDecodeMathThreads + 32;
-
-// All math threads arrive, the finishing warp waits: that publishes the shares of a tile. NOTE: named by constants;
-// with a number known at run time a CTA takes all 16 barriers.
-DEVICE void arrive_sums(int buffer) {
-  static_assert(kTileBuffers == 2, "one name each");
-  if (buffer == 0)
-    named_barrier_arrive(kSumsBarrier, kDecodeMathThreads + 32);
-  else
-    named_barrier_arrive(kSumsBarrier + 1, kDecodeMathThreads + 32);
-}
-DEVICE void wait_sums(int buffer) {
-  if (buffer == 0)
-    named_barrier_sync(kSumsBarrier, kDecodeMathThreads + 32);
-  else
-    named_barrier_sync(kSumsBarrier + 1, kDecodeMathThreads + 32);
-}
 
 struct Fixed {
   PipelineBarriers<kMaxRingStages> ring;
-  uint64_t sums_read[kTileBuffers];  // by the finishing warp
-  PipelineBarriers<1> tokens;        // full: fresh tokens have landed
-  ActiveExperts experts;             // the producer's
+  PipelineBarriers<kTileBuffers> sums;  // full: all shares of a tile are there; empty: the finishing warp has read them
+  PipelineBarriers<1> tokens;           // full: fresh tokens have landed
+  ActiveExperts experts;                // the producer's
   ActiveTokens active;
 };
 static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
@@ -190,7 +173,7 @@ DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Paramete
   PipelineCursor<kTileBuffers> at;
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, at.advance()) {
     const Tile tile = tile_at(p, active.experts, t, apart);
-    wait_sums(at.stage());
+    fixed.sums.wait_full(at);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       float sums[2][4] = {};  // of the two groups: rows r and r + 8, tokens t and t + 1
@@ -225,8 +208,7 @@ DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Paramete
         }
       });
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&fixed.sums_read[at.stage()]));
+    fixed.sums.release(at);
   }
 }
 
@@ -301,12 +283,12 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
     }
     ring_at.advance(s.stages, s.steps);
     scales.advance(s, share, find, ++number);
-    mbarrier_wait(smem_address(&fixed.sums_read[sums_at.stage()]), sums_at.parity() ^ 1);  // at once in the first lap
+    fixed.sums.wait_empty(sums_at);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)
       reinterpret_cast<float4*>(partial)[((sums_at.stage() * kDecodeWarps + warp) * kTokenTiles + n) * 32 + lane] =
           make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
-    arrive_sums(sums_at.stage());
+    mbarrier_arrive(fixed.sums.full_address(sums_at.stage()));
   }
 }
 
@@ -321,7 +303,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
     fixed.ring.initialize(kFullArrivals<kMx>, StageShares(kDecodeGemm1Rows).warps());
-    for (uint64_t& barrier : fixed.sums_read) mbarrier_init(smem_address(&barrier), 1);
+    fixed.sums.initialize(kDecodeMathThreads, 32);
     fixed.tokens.initialize(1, 1);
   }
   __syncthreads();

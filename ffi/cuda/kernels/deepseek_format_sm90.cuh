@@ -27,8 +27,11 @@ struct DeepSeekFormat {
     DEVICE Feed(const TokenScales& scales, const GemmShape& shape, int thread)
         : tokens_(scales, thread), shape_(shape), thread_(thread) {}
     template <class Source>
-    DEVICE void begin(const Tile& tile, const Source& source) {
-      tokens_.begin(tile, source);
+    DEVICE void look(const Tile& tile, const Source& source) {
+      tokens_.look(tile, source);
+    }
+    DEVICE void begin(const Tile& tile) {
+      tokens_.begin();
       const int row = tile.expert * shape_.rows_per_expert + b_row(shape_, tile, thread_ % 2);
       weights_ = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
     }

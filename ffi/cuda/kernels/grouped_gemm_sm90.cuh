@@ -111,6 +111,14 @@ DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shap
     mbarrier_arrive(shared.barriers.full_address(landed.stage()));
     landed.advance();
   };
+  // Announces what is in flight, each when it has landed.
+  const auto drain = [&] {
+    static_assert(kInFlight == 3, "a step for each");
+    if (in_flight > 2) cp_async_wait<2>(), announce();
+    if (in_flight > 1) cp_async_wait<1>(), announce();
+    if (in_flight > 0) cp_async_wait<0>(), announce();
+    in_flight = 0;
+  };
   // Pieces of 16 bytes of a 128-byte row; 2^32 of them, 64 GiB, are in reach.
   const int piece = thread % 8, pass_row = thread / 8;
   static_assert(kRowsPerPass % 4 == 0, "two places for pieces: of even passes and of odd ones");
@@ -120,17 +128,22 @@ DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shap
   for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
     int first_row = pass_row;
     hide(first_row);  // what follows from it is not for the loop over tiles to carry
-    uint32_t source[kPasses];
+    int source[kPasses];
 #pragma unroll
     for (int i = 0; rows && i < kPasses; ++i) {
       const int row = min(first_row + kRowsPerPass * i, tile.rows - 1);
-      source[i] = uint32_t(__ldcg(rows->row_to_source + tile.row0 + row)) * uint32_t(shape.k_blocks * 8) + piece;
+      source[i] = __ldcg(rows->row_to_source + tile.row0 + row);
     }
     const int rows_left = tile.rows - first_row;
-    cp_async_wait<0>();  // meanwhile nobody shall wait for the last stages of the tile before
-    for (; in_flight > 0; --in_flight) announce();
-    feed.begin(tile,
-               [&](int token) { return rows ? __ldcg(rows->row_to_source + tile.row0 + token) : tile.row0 + token; });
+    feed.look(tile,
+              [&](int token) { return rows ? __ldcg(rows->row_to_source + tile.row0 + token) : tile.row0 + token; });
+    if (rows) drain();  // while the rows are on their way: nobody shall wait for the stages of the tile before
+#pragma unroll
+    for (int i = 0; rows && i < kPasses; ++i) {
+      hide(source[i]);  // else the loads would be waited for above
+      source[i] = int(uint32_t(source[i]) * uint32_t(shape.k_blocks * 8) + piece);
+    }
+    feed.begin(tile);
     for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
       if (in_flight == kInFlight) {  // before the wait below, which is for the readers of another stage
         cp_async_wait<kInFlight - 1>();
@@ -147,14 +160,14 @@ DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shap
       for (int i = 0; rows && i < kPasses; ++i) {
         // Other rows are left as they are: what becomes of a token depends on itself only.
         if (kRowsPerPass * i < rows_left)
-          cp_async_16(tokens + (i % 2 == 0 ? even : odd) + i * kRowsPerPass * kBlockK, from + uint64_t(source[i]) * 16);
+          cp_async_16(tokens + (i % 2 == 0 ? even : odd) + i * kRowsPerPass * kBlockK,
+                      from + uint64_t(uint32_t(source[i])) * 16);
       }
       feed.ask(stage, k);
       cp_async_commit();
     }
   }
-  cp_async_wait<0>();
-  for (; in_flight > 0; --in_flight) announce();
+  drain();
 }
 
 // The epilogues of a format: GEMM1's and GEMM2's.
@@ -187,10 +200,7 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epi
   typename Shared::Cursor at;
   WarpgroupContext wg{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])};
   TileReader reader;
-  const auto release = [&] {
-    __syncwarp();  // NOTE: a lane still waiting would miss the phase that a refill completes
-    if (wg.lane() == 0) shared.barriers.release(at);
-  };
+  const auto release = [&] { shared.barriers.release(at); };  // by every lane: racecheck trusts no other for a warp
   for (Tile tile = reader.next(shared.tiles), next; tile.rows > 0; tile = next) {
     float sums[2][64];
 #pragma unroll
@@ -218,10 +228,10 @@ DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epi
           wg.tokens = tail_tokens;
           wg.row0 = tile.row0 + kBlockM;
           finish<false, 32>(epilogue, shared, wg, tail, tile);
-          wg.sync();  // what was staged has been read; wide tiles' warps stage on their own
         }
         wg.tokens = min(tile.rows - warpgroup * kWarpgroupRows, kWarpgroupRows);
         wg.row0 = tile.row0 + warpgroup * kWarpgroupRows;
+        wg.sync();  // a narrow epilogue's staged rows have been read, by all warps; here each stages on its own
         finish<true, 0>(epilogue, shared, wg, sums, tile);
         continue;
       }
@@ -242,7 +252,7 @@ template <class Shared>
 DEVICE Shared& prepare_gemm(uint32_t full_arrivals, uint32_t tile_readers) {
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
   if (threadIdx.x == 0) {
-    shared.barriers.initialize(full_arrivals, kMathWarpgroups * 4);
+    shared.barriers.initialize(full_arrivals, kMathWarpgroups * 128);
     shared.tiles.barriers.initialize(1, tile_readers);
   }
   __syncthreads();

@@ -61,8 +61,11 @@ struct MxFormat {
     DEVICE Feed(const MxScales& scales, const GemmShape& shape, int thread)
         : tokens_(scales.tokens, thread), weights_(scales.weights), shape_(shape), thread_(thread) {}
     template <class Source>
-    DEVICE void begin(const Tile& tile, const Source& source) {
-      tokens_.begin(tile, source);
+    DEVICE void look(const Tile& tile, const Source& source) {
+      tokens_.look(tile, source);
+    }
+    DEVICE void begin(const Tile& tile) {
+      tokens_.begin();
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         int row = min(thread_ + i * kThreads, 2 * kHalfRows - 1);

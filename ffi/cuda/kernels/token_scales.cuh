@@ -41,12 +41,18 @@ class TokenScaleReader {
  public:
   DEVICE TokenScaleReader(const TokenScales& scales, int thread) : scales_(scales), thread_(thread) {}
 
-  // source(token) is a token's row.
+  // Both for each tile, the first, which may have to ask memory, early. source(token) is a token's row.
   template <class Source>
-  DEVICE void begin(const Tile& tile, const Source& source) {
+  DEVICE void look(const Tile& tile, const Source& source) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      at_[i] = scales_.scale + source(min(thread_ + i * kThreads, tile.rows - 1)) * scales_.row_stride;
+    for (int i = 0; i < kCount; ++i) row_[i] = source(min(thread_ + i * kThreads, tile.rows - 1));
+  }
+  DEVICE void begin() {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      hide(row_[i]);  // else the first would wait for it
+      at_[i] = scales_.scale + row_[i] * scales_.row_stride;
+    }
   }
   // Calls use(token, its scale of block k).
   template <class Use>
@@ -61,6 +67,7 @@ class TokenScaleReader {
  private:
   static constexpr int kCount = (kTokens + kThreads - 1) / kThreads;
   const TokenScales& scales_;
+  int row_[kCount];
   const float* at_[kCount];
   int thread_;
 };
