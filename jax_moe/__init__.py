@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         shuffle_matrix_sf_a,
     )
     from .logits import fp8_block_scale_moe, route
-    from .moe import export_checks, fp8_block_scale_routed_moe
+    from .moe import explain, export_checks, fp8_block_scale_routed_moe
     from .prepare import prepare_mxfp8_weights
     from .quantize import (
         dequantize_activations,
@@ -41,6 +41,7 @@ __all__ = [
     "convert_to_block_layout",
     "dequantize_activations",
     "dequantize_weights",
+    "explain",
     "export_checks",
     "finalize",
     "fp8_block_scale_moe",
@@ -69,7 +70,7 @@ _HOMES = {
         "shuffle_matrix_sf_a",
     ),
     "logits": ("fp8_block_scale_moe", "route"),
-    "moe": ("export_checks", "fp8_block_scale_routed_moe"),
+    "moe": ("explain", "export_checks", "fp8_block_scale_routed_moe"),
     "prepare": ("prepare_mxfp8_weights",),
     "quantize": (
         "dequantize_activations",

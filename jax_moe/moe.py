@@ -5,6 +5,8 @@ Importing this module registers the custom call with XLA (xla_call.py).
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,10 +18,13 @@ from jax.typing import ArrayLike
 from . import native
 from .enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout
 from .options import Options
-from .problem import Array
+from .problem import INPUTS, Array, Problem
 from .xla_call import BY_TOKEN, FUNCTION, Call
 
 SCALE_ORDERS = (None, "block_major", "token_major")
+# The arguments of the function: arrays but topk_ids, and what Options.parse takes.
+ARRAYS = tuple(name for name in INPUTS if name not in ("topk_ids", "topk_weights", "local_expert_offset"))
+OPTIONS = tuple(name for name in inspect.signature(Options.parse).parameters if name != "function")
 
 
 def fp8_block_scale_routed_moe(
@@ -127,43 +132,42 @@ def fp8_block_scale_routed_moe(
     Raises, while tracing, ValueError for arguments that do not fit each other and NotImplementedError for what this
     version does not have, differentiation among it.
     """
-    if hidden_states_scale_order not in SCALE_ORDERS:
-        expected = "None, 'block_major' or 'token_major'"
-        raise ValueError(f"{FUNCTION}: hidden_states_scale_order must be {expected}, got {hidden_states_scale_order!r}")
-    options = Options.parse(
-        FUNCTION,
-        routing_method_type=routing_method_type,
-        use_shuffled_weight=use_shuffled_weight,
-        weight_layout=weight_layout,
-        do_finalize=do_finalize,
-        fp8_quantization_type=fp8_quantization_type,
-        activation_type=activation_type,
-        n_group=n_group,
-        topk_group=topk_group,
-        routed_scaling_factor=routed_scaling_factor,
-        batch_invariant=batch_invariant,
-        enable_pdl=enable_pdl,
-    )
-    arguments = {
-        **_routing(topk_ids),
-        "hidden_states": hidden_states,
-        "hidden_states_scale": hidden_states_scale,
-        "gemm1_weights": gemm1_weights,
-        "gemm1_weights_scale": gemm1_weights_scale,
-        "gemm2_weights": gemm2_weights,
-        "gemm2_weights_scale": gemm2_weights_scale,
-        "gemm1_lora_delta": gemm1_lora_delta,
-        "gemm1_alpha": gemm1_alpha,
-        "gemm1_beta": gemm1_beta,
-        "gemm1_clamp_limit": gemm1_clamp_limit,
-    }
-    given = {name: value for name, value in arguments.items() if value is not None}
-    offset = _known_offset(local_expert_offset)
-    token_major = options.is_mx if hidden_states_scale_order is None else hidden_states_scale_order == "token_major"
-    call = Call(num_experts, options, token_major)
-    call.problem({name: _describe(name, value) for name, value in given.items()}, offset)
+    call, _, given, offset = _checked(locals())  # of the arguments alone: nothing may come before
     results = call.results(given | {"local_expert_offset": local_expert_offset if offset is None else np.int32(offset)})
     return results[0] if len(results) == 1 else results
+
+
+def explain(*arguments: Any, num_sms: int = 132, **options: Any) -> str:
+    """What a call with these arguments would run on a GPU, as text, without running it: kernels, tiles, workspace.
+
+    The arguments are those of `fp8_block_scale_routed_moe`; of arrays only shape and dtype are looked at, so that
+    `jax.ShapeDtypeStruct` serves too, on any machine. num_sms: multiprocessors of the GPU, 132 on H100 and H200 SXM.
+
+    Raises what the call itself raises, and ValueError for a symbolic number of tokens.
+    """
+    if isinstance(num_sms, bool) or not isinstance(num_sms, int) or num_sms < 1:
+        raise ValueError(f"explain: num_sms must be a positive integer, got {num_sms!r}")
+    bound = inspect.signature(fp8_block_scale_routed_moe).bind(*arguments, **options)
+    bound.apply_defaults()
+    _, problem, _, _ = _checked(bound.arguments)
+    if not isinstance(problem.num_tokens, int):
+        raise ValueError(f"explain: num_tokens must be known, got {problem.num_tokens}; give arrays of constant sizes")
+    return native.explain(problem, num_sms)
+
+
+def _checked(arguments: Mapping[str, Any]) -> tuple[Call, Problem, dict[str, Any], int | None]:
+    """The call, its problem, the arrays that were given, by name, and the offset if it is known while tracing."""
+    order = arguments["hidden_states_scale_order"]
+    if order not in SCALE_ORDERS:
+        expected = "None, 'block_major' or 'token_major'"
+        raise ValueError(f"{FUNCTION}: hidden_states_scale_order must be {expected}, got {order!r}")
+    options = Options.parse(FUNCTION, **{name: arguments[name] for name in OPTIONS})
+    arrays = _routing(arguments["topk_ids"]) | {name: arguments[name] for name in ARRAYS}
+    given = {name: value for name, value in arrays.items() if value is not None}
+    offset = _known_offset(arguments["local_expert_offset"])
+    token_major = options.is_mx if order is None else order == "token_major"
+    call = Call(arguments["num_experts"], options, token_major)
+    return call, call.problem({name: _describe(name, value) for name, value in given.items()}, offset), given, offset
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:

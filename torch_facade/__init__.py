@@ -7,7 +7,7 @@ from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType
 
 from .finalization import finalize
 from .logits import trtllm_fp8_block_scale_moe
-from .moe import trtllm_fp8_block_scale_routed_moe
+from .moe import explain, trtllm_fp8_block_scale_routed_moe
 from .prepare import prepare_mxfp8_weights
 from .quantize import mxfp8_dequantize_host, mxfp8_quantize
 from .weights import convert_to_block_layout, reorder_rows_for_gated_act_gemm, shuffle_matrix_a, shuffle_matrix_sf_a
@@ -18,6 +18,7 @@ __all__ = [
     "RoutingMethodType",
     "WeightLayout",
     "convert_to_block_layout",
+    "explain",
     "finalize",
     "mxfp8_dequantize_host",
     "mxfp8_quantize",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 from typing import Any
 
 import torch
 
+from jax_moe import native
 from jax_moe.enums import ActivationType, Fp8QuantizationType, RoutingMethodType, WeightLayout, parse_enum
 from jax_moe.options import check_scaling_factor, resolve_batch_invariant
 from jax_moe.problem import SCALES, Array
@@ -190,19 +192,8 @@ def trtllm_fp8_block_scale_routed_moe(
 
 def _call(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
     """The function on tensors in the order of GIVEN and options in that of _checked_options, through an op."""
-    tensors, output, routing_bias = given[: len(TENSORS)], given[-2], given[-1]
-    optional = {
-        name: tensor for name, tensor in zip(OPTIONAL, given[len(TENSORS) : -2], strict=True) if tensor is not None
-    }
-    _check_tensors(tensors, optional, output)
-    options = _options(*values)
-    if options[FP8_QUANTIZATION_TYPE] == Fp8QuantizationType.MxFp8:
-        tensors = tuple([_as_bytes(name, tensor) for name, tensor in zip(TENSORS, tensors, strict=True)])
-    if routing_bias is not None:
-        _check_routing_bias(routing_bias, options[NUM_EXPERTS], tensors[HIDDEN_STATES].device)
+    tensors, optional, output, options = _checked(given, values)
     if not options[DO_FINALIZE]:
-        if output is not None:
-            raise ValueError(f"{FUNCTION}: output must be None with do_finalize=False, got a tensor")
         gemm2_output, *rest = ops.listed(*tensors, options, **optional)
         if "topk_weights" in optional:
             return [gemm2_output, optional["topk_weights"], *rest]
@@ -217,10 +208,60 @@ def _call(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
     return output
 
 
+def explain(*arguments: Any, num_sms: int | None = None, **options: Any) -> str:
+    """What a call with these arguments would run on a GPU, as text, without running it: kernels, tiles, workspace.
+
+    The arguments are those of `trtllm_fp8_block_scale_routed_moe`, of which only shapes, dtypes and strides are looked
+    at; on any machine. num_sms: multiprocessors of the GPU; None: those of the tensors' own, 132 (H100 and H200 SXM)
+    with tensors on a CPU.
+
+    Raises what the call itself raises but what only its device could refuse.
+    """
+    if not (num_sms is None or (isinstance(num_sms, int) and not isinstance(num_sms, bool) and num_sms > 0)):
+        raise ValueError(f"explain: num_sms must be None or a positive integer, got {num_sms!r}")
+    bound = inspect.signature(trtllm_fp8_block_scale_routed_moe).bind(*arguments, **options)
+    bound.apply_defaults()
+    by_name = dict(bound.arguments)
+    ids = by_name.pop("topk_ids")
+    ids, weights = (ids, None) if isinstance(ids, torch.Tensor) else _pair(ids)
+    tensors = by_name | {"topk_ids": ids, "topk_weights": weights}
+    given = tuple(tensors[name] for name in GIVEN)
+    values = tuple(by_name[name] for name in inspect.signature(_checked_options).parameters)
+    _checked(given, values)
+    if num_sms is None:
+        device = tensors["hidden_states"].device
+        on_gpu = device.type == "cuda"
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
+    return native.explain(_planned(given, values).problem, num_sms)
+
+
+def _checked(given: tuple[Any, ...], values: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any], Any, Any]:
+    """The op's tensors, those by name, output and options, after all checks that need the caller's Python objects."""
+    tensors, output, routing_bias = given[: len(TENSORS)], given[-2], given[-1]
+    optional = {
+        name: tensor for name, tensor in zip(OPTIONAL, given[len(TENSORS) : -2], strict=True) if tensor is not None
+    }
+    _check_tensors(tensors, optional, output)
+    options = _options(*values)
+    if options[FP8_QUANTIZATION_TYPE] == Fp8QuantizationType.MxFp8:
+        tensors = tuple([_as_bytes(name, tensor) for name, tensor in zip(TENSORS, tensors, strict=True)])
+    if routing_bias is not None:
+        _check_routing_bias(routing_bias, options[NUM_EXPERTS], tensors[HIDDEN_STATES].device)
+    if not options[DO_FINALIZE] and output is not None:
+        raise ValueError(f"{FUNCTION}: output must be None with do_finalize=False, got a tensor")
+    return tensors, optional, output, options
+
+
+def _planned(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
+    """ops.planned of a call that has been checked."""
+    by_name = dict(zip(GIVEN, given, strict=True))
+    return ops.planned([_as_bytes(name, by_name[name]) for name in ops.GIVEN], _options(*values))
+
+
 def _plan(given: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
     """The plan of calls like this one, which _call has checked."""
     by_name = dict(zip(GIVEN, given, strict=True))
-    call = ops.planned([_as_bytes(name, by_name[name]) for name in ops.GIVEN], _options(*values))
+    call = _planned(given, values)
     apart = by_name["topk_weights"] is not None
     returned = ["topk_weights" if apart and name == "expert_weights" else name for name in call.problem.returned()]
     return repeatable(call, by_name, returned)

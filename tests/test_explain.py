@@ -1,0 +1,120 @@
+"""explain in both front ends: the text of the very problem that a call would be, without arrays' contents or a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import cases
+import jax
+import jax_calls
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import CASES, Case
+
+import jax_moe
+from jax_moe import native
+
+NAMES = "t1 t129 bf16_t53 unfinalized_window lora apart_f32 blocked_shuffled alpha_beta_clamp relu2 mx mx_grid".split()
+some_cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=lambda case: case.name)
+
+
+def shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def arguments(case: Case, **changes: Any) -> dict[str, Any]:
+    """Of the JAX function, shapes in the place of arrays."""
+    given = jax_calls.arguments({name: array for name, array in cases.arrays(case).items() if array is not None})
+    shapes = jax.tree.map(shape_of, given)
+    options = {"num_experts": case.experts, "local_expert_offset": case.offset, **case.options}
+    return {"hidden_states_scale": None, **shapes, **options, **changes}
+
+
+def large(tokens: Any) -> dict[str, Any]:
+    """Qwen3-30B-A3B's layer as shapes alone."""
+    shapes = {
+        "topk_ids": ((tokens, 8), np.int32),
+        "hidden_states": ((tokens, 2048), ml_dtypes.bfloat16),
+        "gemm1_weights": ((128, 1536, 2048), ml_dtypes.float8_e4m3fn),
+        "gemm1_weights_scale": ((128, 12, 16), np.float32),
+        "gemm2_weights": ((128, 2048, 768), ml_dtypes.float8_e4m3fn),
+        "gemm2_weights_scale": ((128, 16, 6), np.float32),
+    }
+    given = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    return {**given, "hidden_states_scale": None, "num_experts": 128}
+
+
+@some_cases
+@pytest.mark.parametrize("num_sms", [78, 132])
+def test_jax_explains_the_problem_of_the_call(case: Case, num_sms: int) -> None:
+    problem = cases.problem(case, cases.arrays(case))
+    assert jax_moe.explain(**arguments(case), num_sms=num_sms) == native.explain(problem, num_sms)
+
+
+def test_kernels_and_workspace_go_by_the_number_of_tokens() -> None:
+    texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (1, 64, 8192, 16384)}
+    assert "decode_gemm" in texts[1]
+    assert all("grouped_gemm" in texts[tokens] for tokens in (64, 8192, 16384))
+    assert "one half of the columns after the other" in texts[16384]
+    assert "one half of the columns after the other" not in texts[8192]
+    nbytes = {tokens: int(text.split("workspace: ")[1].split()[0]) for tokens, text in texts.items()}
+    assert nbytes[1] < nbytes[64] < nbytes[8192] < nbytes[16384] < 1.5 * nbytes[8192]
+    assert "batch invariant" in jax_moe.explain(**large(1), batch_invariant=True)
+
+
+def test_jax_explain_refuses_what_the_call_refuses() -> None:
+    wrong = arguments(CASES["t7"], gemm2_weights_scale=jax.ShapeDtypeStruct((8, 2, 2), np.float16))
+    with pytest.raises(ValueError, match="fp8_block_scale_routed_moe: gemm2_weights_scale must be"):
+        jax_moe.explain(**wrong)
+    with pytest.raises(TypeError, match="num_experts"):
+        jax_moe.explain(**{name: value for name, value in arguments(CASES["t7"]).items() if name != "num_experts"})
+    for num_sms in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match="explain: num_sms must be a positive integer"):
+            jax_moe.explain(**arguments(CASES["t7"]), num_sms=num_sms)  # type: ignore[arg-type]
+
+
+def test_jax_explain_refuses_a_symbolic_number_of_tokens() -> None:
+    from jax import export
+
+    (tokens,) = export.symbolic_shape("tokens")
+    with pytest.raises(ValueError, match="explain: num_tokens must be known, got tokens"):
+        jax_moe.explain(**large(tokens))
+
+
+@some_cases
+def test_torch_explains_the_problem_of_the_call(case: Case) -> None:
+    pytest.importorskip("torch", reason="the torch facade needs torch")
+    import torch_calls
+
+    from torch_facade import explain
+
+    given = torch_calls.arguments(case)
+    expected = cases.problem(case, cases.arrays(case))
+    assert explain(**given) == explain(**given, num_sms=132) == native.explain(expected, 132)
+    assert explain(**given, num_sms=78) == native.explain(expected, 78)
+
+
+def test_torch_explain_refuses_what_the_call_refuses() -> None:
+    torch = pytest.importorskip("torch", reason="the torch facade needs torch")
+    import torch_calls
+
+    from torch_facade import explain
+
+    given = torch_calls.arguments(CASES["t7"])
+    with pytest.raises(ValueError, match="trtllm_fp8_block_scale_routed_moe: intermediate_size must be"):
+        explain(**given | {"intermediate_size": 64})
+    with pytest.raises(ValueError, match="output must be None with do_finalize=False"):
+        explain(**given | {"do_finalize": False, "output": torch.empty(7, 256, dtype=torch.bfloat16)})
+    for num_sms in (0, True, "many"):
+        with pytest.raises(ValueError, match="explain: num_sms must be None or a positive integer"):
+            explain(**given, num_sms=num_sms)
+
+
+def test_a_window_of_experts_is_part_of_the_choice() -> None:
+    """Eight of 64 experts: an eighth of the slots is expected, few enough for the decode kernels."""
+    case = dataclasses.replace(CASES["t1"], name="", tokens=16, hidden=1024, inter=512, experts=64, top_k=8)
+    whole, window = (jax_moe.explain(**arguments(c)) for c in (case, dataclasses.replace(case, window=(8, 8))))
+    assert "grouped_gemm" in whole
+    assert "decode_gemm" in window
