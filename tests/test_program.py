@@ -8,7 +8,6 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 
 from jax_moe import demo, info, native, reference
 from jax_moe.__main__ import main
-from jax_moe.bench import command, cost, cpu, machine, timing, workload
+from jax_moe.bench import command, cost, cpu, machine, workload
 from jax_moe.bench.workload import Cell, parse_shape
 from jax_moe.shapes import SHAPES
 
@@ -340,52 +339,3 @@ def test_the_gpu_quantiser_rounds_like_the_reference() -> None:
     expected, expected_scale = reference.quantize_1x128(x)
     np.testing.assert_array_equal(codes.view(torch.uint8).numpy().reshape(9, 384), expected.view(np.uint8))
     np.testing.assert_array_equal(scale[:, :, 0].numpy(), expected_scale)
-
-
-# ---- timing ----------------------------------------------------------------------------------------------------------
-class FakeProgram:
-    """Takes `seconds` a call, four calls a repeat; remembers the repeats that it was asked for."""
-
-    calls = 4
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.asked = seconds, []
-
-    def time(self, repeats: int) -> list[float]:
-        self.asked.append(repeats)
-        return [self.seconds * (1 + i) for i in range(repeats)]
-
-
-@pytest.mark.parametrize(
-    ("state", "seconds", "asked"),
-    [
-        ("steady", 1e-3, [2, 20]),
-        ("steady", 10.0, [2, 3]),
-        ("sustained", 1e-2, [2, round(timing.LOAD / 4e-2), 20]),
-        ("cool", 1e-4, [2, round(timing.WARM / 4e-4), 20]),
-        ("cool", timing.BURST / 4 / 8, [2, 4, 8, 4, 8, 4, 4]),  # rounds of warming up and a burst
-    ],
-)
-def test_a_state_is_made_before_it_is_measured(state: str, seconds: float, asked: list[int]) -> None:
-    program = FakeProgram(seconds)
-    found = timing.measure(program, state, 20, pause=0)
-    assert program.asked == asked
-    assert found.samples == (3 if asked == [2, 3] else 20)
-    assert found.fastest == seconds and found.fastest < found.median < found.slowest
-
-
-def test_wall_clock_rotates_its_calls() -> None:
-    seen: list[int] = []
-    calls: list[Callable[[], Any]] = [lambda i=i: seen.append(i) for i in range(3)]
-    program = timing.WallClock(calls)
-    assert len(program.time(2)) == 2 and len(program.time(5)) == 5
-    assert seen == [0, 1, 2, 0, 1, 2, 0]
-
-
-def test_dispatches_wait_for_the_last_result_only() -> None:
-    log: list[str] = []
-    program = timing.Dispatches(lambda: log.append("start"), lambda _: log.append("wait"), calls=3)
-    log.clear()
-    assert len(program.time(2)) == 2
-    dispatches = program.calls // 3
-    assert log == [*["start"] * dispatches, "wait"] * 2

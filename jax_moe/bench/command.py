@@ -229,7 +229,7 @@ def _positive(argument: str, text: str) -> list[int]:
 def _how(kind: str) -> str:
     if kind == "cpu":
         return "which is a CPU; medians of wall-clock times"
-    return "medians; stages and torch by CUDA graph replays, JAX by the wall clock over one jitted program"
+    return "medians; stages and torch by CUDA graph replays, JAX by the wall clock over a jitted program in a row"
 
 
 def _progress() -> Progress:

@@ -123,7 +123,7 @@ def jax_calls(cell: Cell, data: Data) -> list[Call]:
 
 def jax_program(device: Device, cell: Cell, data: Data) -> Program:
     """On a CPU, single jitted calls. On a GPU, one jitted function that makes a call for every set, dispatched several
-    times before it is waited for: what a call costs inside a larger jitted program. Wall clock.
+    times before it is waited for: what a call costs the device inside a larger jitted program. Wall clock.
     """
     import jax
 
