@@ -143,7 +143,8 @@ def explain(*arguments: Any, num_sms: int = 132, **options: Any) -> str:
     The arguments are those of `fp8_block_scale_routed_moe`; of arrays only shape and dtype are looked at, so that
     `jax.ShapeDtypeStruct` serves too, on any machine. num_sms: multiprocessors of the GPU, 132 on H100 and H200 SXM.
 
-    Raises what the call itself raises, and ValueError for a symbolic number of tokens.
+    Raises what the call itself raises, ValueError for a symbolic number of tokens, and NotImplementedError where this
+    build has no CUDA kernels.
     """
     if isinstance(num_sms, bool) or not isinstance(num_sms, int) or num_sms < 1:
         raise ValueError(f"explain: num_sms must be a positive integer, got {num_sms!r}")

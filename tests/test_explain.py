@@ -20,6 +20,15 @@ NAMES = "t1 t129 bf16_t53 unfinalized_window lora apart_f32 blocked_shuffled alp
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=lambda case: case.name)
 
 
+@pytest.fixture
+def has_kernels() -> None:
+    if not native.load().build_info()["cuda"]:
+        pytest.skip("this build has no CUDA kernels")
+
+
+needs_kernels = pytest.mark.usefixtures("has_kernels")
+
+
 def shape_of(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
@@ -46,6 +55,7 @@ def large(tokens: Any) -> dict[str, Any]:
     return {**given, "hidden_states_scale": None, "num_experts": 128}
 
 
+@needs_kernels
 @some_cases
 @pytest.mark.parametrize("num_sms", [78, 132])
 def test_jax_explains_the_problem_of_the_call(case: Case, num_sms: int) -> None:
@@ -53,6 +63,7 @@ def test_jax_explains_the_problem_of_the_call(case: Case, num_sms: int) -> None:
     assert jax_moe.explain(**arguments(case), num_sms=num_sms) == native.explain(problem, num_sms)
 
 
+@needs_kernels
 def test_kernels_and_workspace_go_by_the_number_of_tokens() -> None:
     texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (1, 64, 8192, 16384)}
     assert "decode_gemm" in texts[1]
@@ -83,6 +94,14 @@ def test_jax_explain_refuses_a_symbolic_number_of_tokens() -> None:
         jax_moe.explain(**large(tokens))
 
 
+def test_a_build_without_kernels_says_so() -> None:
+    if native.load().build_info()["cuda"]:
+        pytest.skip("this build has CUDA kernels")
+    with pytest.raises(NotImplementedError, match="this build has no CUDA kernels"):
+        jax_moe.explain(**arguments(CASES["t7"]))
+
+
+@needs_kernels
 @some_cases
 def test_torch_explains_the_problem_of_the_call(case: Case) -> None:
     pytest.importorskip("torch", reason="the torch facade needs torch")
@@ -112,6 +131,7 @@ def test_torch_explain_refuses_what_the_call_refuses() -> None:
             explain(**given, num_sms=num_sms)
 
 
+@needs_kernels
 def test_a_window_of_experts_is_part_of_the_choice() -> None:
     """Eight of 64 experts: an eighth of the slots is expected, few enough for the decode kernels."""
     case = dataclasses.replace(CASES["t1"], name="", tokens=16, hidden=1024, inter=512, experts=64, top_k=8)

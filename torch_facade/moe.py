@@ -215,7 +215,7 @@ def explain(*arguments: Any, num_sms: int | None = None, **options: Any) -> str:
     at; on any machine. num_sms: multiprocessors of the GPU; None: those of the tensors' own, 132 (H100 and H200 SXM)
     with tensors on a CPU.
 
-    Raises what the call itself raises but what only its device could refuse.
+    Raises what the call itself raises, and NotImplementedError where this build has no CUDA kernels.
     """
     if not (num_sms is None or (isinstance(num_sms, int) and not isinstance(num_sms, bool) and num_sms > 0)):
         raise ValueError(f"explain: num_sms must be None or a positive integer, got {num_sms!r}")
