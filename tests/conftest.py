@@ -47,6 +47,15 @@ def gpu() -> int:
     return next(i for i, gpu in enumerate(gpus) if (gpu["major"], gpu["minor"]) == (9, 0))
 
 
+@pytest.fixture
+def cuda_build() -> None:
+    """Skips where the library has no CUDA kernels, and so nothing to choose from."""
+    from jax_moe import native
+
+    if not native.load().build_info()["cuda"]:
+        pytest.skip("this build has no CUDA kernels")
+
+
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The CUDA sources compiled for a CPU: an emulated.Emulator."""

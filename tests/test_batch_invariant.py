@@ -76,11 +76,10 @@ def test_kernels_overlap_unless_told_otherwise(value: bool | None, expected: boo
 
 # ---- what is chosen --------------------------------------------------------------------------------------------------
 def on_gpu(case: cases.Case, **changes: Any) -> Any:
-    if not native.load().build_info()["cuda"]:
-        pytest.skip("this build has no CUDA kernels")
     return dataclasses.replace(cases.problem(case, cases.arrays(case)), **changes)
 
 
+@pytest.mark.usefixtures("cuda_build")
 @pytest.mark.parametrize("tokens", [1, 7, 16, 17, 300])
 def test_all_sizes_take_the_grouped_kernels(tokens: int) -> None:
     problem = on_gpu(dataclasses.replace(CASES["fp8"], tokens=tokens))
@@ -89,6 +88,7 @@ def test_all_sizes_take_the_grouped_kernels(tokens: int) -> None:
     assert ("decode" in native.explain(problem)) == (tokens <= 16)
 
 
+@pytest.mark.usefixtures("cuda_build")
 @pytest.mark.parametrize(
     ("changes", "stages"),
     [

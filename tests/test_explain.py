@@ -20,13 +20,7 @@ NAMES = "t1 t129 bf16_t53 unfinalized_window lora apart_f32 blocked_shuffled alp
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=lambda case: case.name)
 
 
-@pytest.fixture
-def has_kernels() -> None:
-    if not native.load().build_info()["cuda"]:
-        pytest.skip("this build has no CUDA kernels")
-
-
-needs_kernels = pytest.mark.usefixtures("has_kernels")
+needs_kernels = pytest.mark.usefixtures("cuda_build")
 
 
 def shape_of(array: Any) -> jax.ShapeDtypeStruct:

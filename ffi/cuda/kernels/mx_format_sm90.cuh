@@ -209,26 +209,13 @@ struct MxFormat {
     }
   };
 
-  // Until the first of `started` groups has ended.
+  // Until the first of `started` groups, at most kMost, has ended.
+  template <int kMost = 2 * kMxScales>
   static DEVICE void wait_for_one_of(int started) {
-    switch (started) {
-      case 8:
-        return wgmma_wait<7>();
-      case 7:
-        return wgmma_wait<6>();
-      case 6:
-        return wgmma_wait<5>();
-      case 5:
-        return wgmma_wait<4>();
-      case 4:
-        return wgmma_wait<3>();
-      case 3:
-        return wgmma_wait<2>();
-      case 2:
-        return wgmma_wait<1>();
-      default:
-        return wgmma_wait();
+    if constexpr (kMost > 1) {
+      if (started < kMost) return wait_for_one_of<kMost - 1>(started);
     }
+    wgmma_wait<kMost - 1>();
   }
 
   // sums += acc * scale of the row * scale of the token.
