@@ -54,10 +54,10 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   }
   w.permuted_idx_to_token = carve.Take<int32_t>({0, p.top_k});
   if (p.has_gemm1_lora_delta) w.permuted_idx_to_expanded_idx = carve.Take<int32_t>({0, p.top_k});
-  w.expert_offsets = carve.Take<int32_t>({experts + 1, 0});
+  w.expert_offsets = w.gemm1_left = carve.Take<int32_t>({experts + 1, 0});
   w.chunk_histogram = carve.Take<int32_t>({kMaxRouteChunks * experts, 0});
   w.num_m_blocks = carve.Take<int32_t>({1, 0});
-  // NOTE: the last of these is never a block. The counters lie there because exported modules state the size of the
+  // NOTE: the last of these is never a block. The counter lies there because exported modules state the size of the
   // workspace: what grows it makes the library refuse them.
   const AffineBytes m_blocks{experts + 1, (p.top_k + kBlockM - 1) / kBlockM};
   w.m_blocks = carve.Take<MBlock>(m_blocks);

@@ -48,10 +48,11 @@ struct Workspace {
   int32_t* expanded_idx_to_permuted_idx;  // [T*K]             or the result of that name
   int32_t* permuted_idx_to_token;         // [T*K]
   int32_t* permuted_idx_to_expanded_idx;  // [T*K]             (LoRA only, else null)
-  int32_t* expert_offsets;                // [L + 1]           first permuted row of each local expert
+  int32_t* expert_offsets;                // [L + 1]           on a CPU: first permuted row of each local expert
+  int32_t* gemm1_left;                    // the same memory   on a GPU: what GEMM1 has still to do (handover.cuh)
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks]
   int32_t* num_m_blocks;                  // [1]
-  int32_t* drawn_tiles;                   // [2]               tiles that CTAs of GEMM1 and GEMM2 have drawn
+  int32_t* drawn_tiles;                   // [1]               tiles of the GEMMs that CTAs have drawn
   MBlock* m_blocks;                       // [T*K/128 + L + 1]
   float* permuted_x_scale;                // [H/128, scale_stride]; on a GPU [H/128, T], only where MxFp8 needs it
   uint8_t* h;          // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output

@@ -21,8 +21,8 @@
 namespace jax_moe::cuda {
 namespace {
 
-static_assert(kGemm1SharedBytes <= kMaxSharedBytes && kGemm2SharedBytes <= kMaxSharedBytes, "shared memory of an SM");
-static_assert(kMxGemm1SharedBytes <= kMaxSharedBytes && kMxGemm2SharedBytes <= kMaxSharedBytes, "likewise");
+static_assert(kGroupedGemmSharedBytes<DeepSeekFormat> <= kMaxSharedBytes, "shared memory of an SM");
+static_assert(kGroupedGemmSharedBytes<MxFormat> <= kMaxSharedBytes, "likewise");
 
 unsigned Ctas(int64_t items, int64_t per_cta) { return unsigned((items + per_cta - 1) / per_cta); }
 
@@ -37,19 +37,19 @@ Status Route(const Call& c) {
   r.expanded_idx_to_permuted_idx = c.workspace.expanded_idx_to_permuted_idx;
   r.permuted_idx_to_token = c.workspace.permuted_idx_to_token;
   r.permuted_idx_to_expanded_idx = c.workspace.permuted_idx_to_expanded_idx;
-  r.expert_offsets = c.workspace.expert_offsets;
+  r.gemm1_left = c.workspace.gemm1_left;
+  r.gemm1_columns = c.config.gemm1_columns;
   r.num_m_blocks = c.workspace.num_m_blocks;
   r.drawn_tiles = c.workspace.drawn_tiles;
   r.most_tail_rows = c.p.mx() ? 0 : kMostTailRows;
   r.m_blocks = c.workspace.m_blocks;
   r.expert_weights =
       r.slots.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
-  const LaunchShape shape{unsigned(r.num_chunks), kRouteThreads,
-                          unsigned(route_shared_bytes(r.slots.local_num_experts)), true};
-  LaunchShape first = shape;
+  LaunchShape scatter{unsigned(r.num_chunks) + 1, kRouteThreads,
+                      unsigned(route_shared_bytes(r.slots.local_num_experts)), true};
   if (c.p.hidden_states_are_bf16()) {
     r.tokens = c.quantize_tokens(int(c.p.hidden_size / kScaleBlock));
-    first.grid += unsigned(c.config.quantize_ctas);
+    scatter.grid += unsigned(c.config.quantize_ctas);
   } else if (c.p.mx() && !c.token_scales_are_words()) {
     r.scales = {static_cast<const uint8_t*>(c.buffers.hidden_states_scale.data),
                 c.p.hidden_states_scale_block_stride,
@@ -57,11 +57,14 @@ Status Route(const Call& c) {
                 c.workspace.permuted_x_scale,
                 c.p.num_tokens * (c.p.hidden_size / kScaleBlock),
                 int(c.p.num_tokens)};
-    first.grid += unsigned(c.config.quantize_ctas);
+    scatter.grid += unsigned(c.config.quantize_ctas);
   }
-  if (r.num_chunks == 1) return Launch("route_scatter", route_scatter, first, c.stream, r);
-  if (Status s = Launch("route_count", route_count, first, c.stream, r); !s.ok()) return s;
-  return Launch("route_scatter", route_scatter, shape, c.stream, r);
+  if (r.num_chunks > 1) {
+    LaunchShape count = scatter;
+    count.grid = unsigned(r.num_chunks);
+    if (Status s = Launch("route_count", route_count, count, c.stream, r); !s.ok()) return s;
+  }
+  return Launch("route_scatter", route_scatter, scatter, c.stream, r);
 }
 
 // The weights [L, rows, k] of one GEMM, in the caller's layout.
@@ -99,64 +102,57 @@ TokenScales DescribeTokenScales(const Call& c) {
   return {w.permuted_x_scale, c.p.num_tokens, 1};
 }
 
-Status Gemm1(const Call& c) {
-  const Workspace& w = c.workspace;
-  const int64_t hidden = c.p.hidden_size, inter = c.p.intermediate_size;
-  CUtensorMap b_map;
-  GemmShape shape{};
-  // With MxFp8 shuffled up and gate rows take turns in 256 neighbours.
-  const bool shuffled = c.p.use_shuffled_weight != 0, by_turns = c.p.mx() && shuffled && c.p.gated();
-  const bool apart = c.p.gated() && !by_turns;
-  shape.column_step = apart ? 128 : 256;
-  shape.half_step = apart ? int(inter) : 128;
-  Status s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden,
-                             &b_map, &shape);
-  if (!s.ok()) return s;
-  const auto* x = c.p.hidden_states_are_bf16() ? w.x : static_cast<const uint8_t*>(c.buffers.hidden_states.data);
-  const GatherA gather{x, w.permuted_idx_to_token};
-  const TokenScales token_scales = DescribeTokenScales(c);
-  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.drawn_tiles, c.config.gemm1_columns};
-  const void* delta = c.p.has_gemm1_lora_delta ? c.buffers.gemm1_lora_delta.data : nullptr;
-  const LoraDelta lora{static_cast<const uint16_t*>(delta), w.permuted_idx_to_expanded_idx, c.p.gemm1_rows()};
-  const unsigned grid = unsigned(c.config.gemm1_grid);
-  if (c.p.mx()) {
-    const MxScales scales{token_scales, DescribeScales(c, c.buffers.gemm1_weights_scale, by_turns)};
-    const MxActivationEpilogue epilogue{w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, shuffled};
-    return Launch("gemm1_mx_sm90", gemm1_mx_sm90, {grid, kGemmThreads, kMxGemm1SharedBytes, true}, c.stream, b_map,
-                  gather, scales, shape, schedule, epilogue);
-  }
-  const ActivationEpilogue epilogue{w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, shuffled};
-  return Launch("gemm1_sm90", gemm1_sm90, {grid, kGemmThreads, kGemm1SharedBytes, true}, c.stream, b_map, gather,
-                token_scales, shape, schedule, epilogue);
+// What one GEMM is told of its tokens' and its weights' scales.
+template <class Format>
+typename Format::Scales DescribeScales(const Call& c, const TokenScales& tokens, const Buffer& weights, bool by_turns) {
+  if constexpr (Format::kMx)
+    return {tokens, DescribeScales(c, weights, by_turns)};
+  else
+    return tokens;
 }
 
-Status Gemm2(const Call& c, Slab slab) {
+// GEMM1, GEMM2 of a slab, or both, in one launch.
+template <class Format, class Kernel>
+Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, Slab slab) {
   const Workspace& w = c.workspace;
   const int64_t rows = c.p.expanded_rows(), hidden = c.p.hidden_size, inter = c.p.intermediate_size;
-  CUtensorMap a_map, large_a_map, b_map;
-  GemmShape shape{};
-  shape.column_step = kSlabStep;
-  shape.half_step = 128;
-  shape.first_row = int(slab.first);
-  Status s = EncodeBytes(&a_map, w.h, rows, inter, kBoxRows);
-  if (s.ok()) s = EncodeBytes(&large_a_map, w.h, rows, inter, kLargeBoxRows);
+  // With MxFp8 shuffled up and gate rows take turns in 256 neighbours.
+  const bool shuffled = c.p.use_shuffled_weight != 0, by_turns = Format::kMx && shuffled && c.p.gated();
+  const bool apart = c.p.gated() && !by_turns;
+  GroupedGemmParameters<Format> g{};
+  GemmShape &first = g.shape[0], &second = g.shape[1];
+  Status s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden,
+                             &g.weights[0], &first);
   if (s.ok())
-    s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &b_map, &shape);
+    s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &g.weights[1],
+                        &second);
+  if (s.ok()) s = EncodeBytes(&g.h, w.h, rows, inter, kBoxRows);
+  if (s.ok()) s = EncodeBytes(&g.large_h, w.h, rows, inter, kLargeBoxRows);
   if (!s.ok()) return s;
-  const TokenScales token_scales{w.h_scale, w.scale_stride, 1};
-  const int columns = int(Ctas(slab.columns, kSlabStep));
-  const TileSchedule schedule{w.m_blocks, w.num_m_blocks, w.drawn_tiles + 1, columns};
-  const bool shuffled = c.p.use_shuffled_weight != 0;
-  const unsigned grid = unsigned(c.config.gemm2_grid);
-  if (c.p.mx()) {
-    const MxScales scales{token_scales, DescribeScales(c, c.buffers.gemm2_weights_scale, false)};
-    const MxBf16Epilogue epilogue{w.y2, w.y2_columns, slab.columns, shuffled};
-    return Launch("gemm2_mx_sm90", gemm2_mx_sm90, {grid, kGemmThreads, kMxGemm2SharedBytes, true}, c.stream, a_map,
-                  large_a_map, b_map, scales, shape, schedule, epilogue);
-  }
-  const Bf16Epilogue epilogue{w.y2, w.y2_columns, slab.columns, shuffled};
-  return Launch("gemm2_sm90", gemm2_sm90, {grid, kGemmThreads, kGemm2SharedBytes, true}, c.stream, a_map, large_a_map,
-                b_map, token_scales, shape, schedule, epilogue);
+  first.column_step = apart ? 128 : 256;
+  first.half_step = apart ? int(inter) : 128;
+  second.column_step = kSlabStep;
+  second.half_step = 128;
+  second.first_row = int(slab.first);
+  g.scales[0] = DescribeScales<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, by_turns);
+  g.scales[1] = DescribeScales<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, false);
+  const auto* x = c.p.hidden_states_are_bf16() ? w.x : static_cast<const uint8_t*>(c.buffers.hidden_states.data);
+  g.rows = {x, w.permuted_idx_to_token};
+  g.schedule = {w.m_blocks, w.num_m_blocks, w.drawn_tiles, {}};
+  if (stages & kGemm1) g.schedule.num_columns[0] = c.config.gemm1_columns;
+  if (stages & kGemm2) g.schedule.num_columns[1] = int(Ctas(slab.columns, kSlabStep));
+  g.handover = {stages & kGemm1 ? w.gemm1_left : nullptr, int(c.p.local_num_experts)};
+  const void* delta = c.p.has_gemm1_lora_delta ? c.buffers.gemm1_lora_delta.data : nullptr;
+  const LoraDelta lora{static_cast<const uint16_t*>(delta), w.permuted_idx_to_expanded_idx, c.p.gemm1_rows()};
+  g.activation = {w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, shuffled};
+  g.bf16 = {w.y2, w.y2_columns, slab.columns, shuffled};
+  const LaunchShape shape{unsigned(c.config.gemm_grid), kGemmThreads, kGroupedGemmSharedBytes<Format>, true};
+  return Launch(name, kernel, shape, c.stream, g);
+}
+
+Status Gemms(const Call& c, int stages, Slab slab) {
+  if (c.p.mx()) return GroupedGemms<MxFormat>(c, "grouped_gemm_mx_sm90", grouped_gemm_mx_sm90, stages, slab);
+  return GroupedGemms<DeepSeekFormat>(c, "grouped_gemm_sm90", grouped_gemm_sm90, stages, slab);
 }
 
 Status Finalize(const Call& c, Slab slab) {
@@ -219,18 +215,20 @@ Status Forward(const Problem& problem, const Buffers& buffers, int device, void*
   const Call call{problem, buffers, workspace, config,
                   LaunchStream(static_cast<cudaStream_t>(stream), problem.enable_pdl != 0)};
   const int launched = stages & LaunchedStages(problem, config);
-  const auto run = [&](Stage stage, const char* name, const auto& launch) -> Status {
+  const auto run = [&](int stage, const char* name, const auto& launch) -> Status {
     if (!(launched & stage)) return {};
     if (Status s = launch(); !s.ok()) return s;
     return CheckStage(name, call.stream.handle);
   };
-  const bool decode = config.decode.used;
+  if (config.decode.used) {
+    if (Status s = run(kGemm1, "gemm1", [&] { return DecodeGemm1(call); }); !s.ok()) return s;
+    return run(kGemm2, "gemm2", [&] { return DecodeGemm2(call); });
+  }
   if (Status s = run(kRoute, "route", [&] { return Route(call); }); !s.ok()) return s;
-  if (Status s = run(kGemm1, "gemm1", [&] { return decode ? DecodeGemm1(call) : Gemm1(call); }); !s.ok()) return s;
-  for (int64_t first = 0; first < problem.hidden_size; first += workspace.y2_columns) {
+  int gemms = launched & (kGemm1 | kGemm2);  // GEMM1 with the first slab of GEMM2
+  for (int64_t first = 0; first < problem.hidden_size; first += workspace.y2_columns, gemms &= kGemm2) {
     const Slab slab = workspace.slab(problem, first);
-    if (Status s = run(kGemm2, "gemm2", [&] { return decode ? DecodeGemm2(call) : Gemm2(call, slab); }); !s.ok())
-      return s;
+    if (Status s = run(gemms, "gemm1 and gemm2", [&] { return Gemms(call, gemms, slab); }); !s.ok()) return s;
     if (Status s = run(kFinalize, "finalize", [&] { return Finalize(call, slab); }); !s.ok()) return s;
   }
   return {};

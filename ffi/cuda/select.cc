@@ -2,6 +2,7 @@
 #include "select.h"
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 
 #include "../workspace.h"
@@ -22,8 +23,10 @@ constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
 constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 72 * 1024, kGemm2LoneRingBytes = 96 * 1024;
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
 constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6, kLeastHBuffers = 5;
-// Local slots to expect, beyond which the grouped kernels are level or faster.
+// Local slots, and bytes of weights, to expect, beyond which the grouped kernels are level or faster: a few launches
+// and a routing more cost them some microseconds, and they read 5 % faster.
 constexpr int64_t kMostExpectedSlots = 64;
+constexpr double kMostExpectedBytes = 480e6;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 constexpr int kMostTokenElements = 16 * 1024;
 // NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
@@ -46,6 +49,13 @@ bool FitTile(const Problem& p, int64_t k, int rows, int ring_bytes, int other_by
   return room >= kLeastRingBytes && StageShares(rows).blocks_of_tile(tile->chunks, tile->steps) <= 32;
 }
 
+// Of the weights of local experts that some token asks for, if all experts are as likely.
+double ExpectedBytes(const Problem& p) {
+  const double share = double(p.top_k) / double(p.num_experts);
+  const double active = double(p.local_num_experts) * (1 - std::pow(1 - std::min(share, 1.), double(p.num_tokens)));
+  return active * double(p.gemm1_rows() * p.hidden_size + p.hidden_size * p.intermediate_size);
+}
+
 // A few tokens: the weights of the active experts are all that matters, and reading them once at full rate is what
 // the decode kernels do. Tiles of gemm1 are as small as a product instruction allows, so that even one expert occupies
 // all SMs. gemm2 takes the widest slice that still gives two thirds of the SMs one each: that many read at full rate,
@@ -55,6 +65,7 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   const int64_t tokens = p.num_tokens;
   if (!MayDecode(p) || tokens < 1 || tokens > kMaxDecodeTokens || p.expanded_rows() > kMaxDecodeSlots) return d;
   if (p.expanded_rows() * p.local_num_experts > kMostExpectedSlots * p.num_experts) return d;
+  if (ExpectedBytes(p) > kMostExpectedBytes) return d;
   d.token_tiles = int(CeilDiv(tokens, 8));
   d.slice_columns = 16;
   for (int columns : {32, 64, 128})
@@ -110,12 +121,11 @@ Config Select(const Problem& p, int num_sms) {
   c.quantize_ctas = int(std::clamp<int64_t>(CeilDiv(p.num_tokens * p.hidden_size / kScaleBlock, 64), 1, 2 * num_sms));
 
   // A gated GEMM1 multiplies 128 up rows beside their 128 gate rows, all others 256 neighbours. One persistent CTA an
-  // SM, fewer when even the worst routing has fewer tiles.
+  // SM, fewer when even the worst routing has fewer tiles of either GEMM.
   const int64_t most_m_blocks = std::min(rows, rows / kBlockM + std::min(p.local_num_experts, rows));
   c.gemm1_columns = int(CeilDiv(p.intermediate_size, p.gated() ? 128 : 256));
-  c.gemm2_columns = int(CeilDiv(Y2Columns(p), kSlabStep));
-  c.gemm1_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm1_columns));
-  c.gemm2_grid = int(std::min<int64_t>(num_sms, most_m_blocks * c.gemm2_columns));
+  const int64_t most_columns = std::max<int64_t>(c.gemm1_columns, CeilDiv(Y2Columns(p), kSlabStep));
+  c.gemm_grid = int(std::min<int64_t>(num_sms, most_m_blocks * most_columns));
   return c;
 }
 
@@ -140,16 +150,14 @@ std::string Explain(const Problem& p, int num_sms) {
          << " bytes\n";
     return text.str();
   }
-  const std::string kernel = p.mx() ? "grouped_gemm_mx_sm90 " : "grouped_gemm_sm90 ";
   const std::string format = p.mx() ? "1x32" : "1x128";
   if (p.batch_invariant) text << "batch invariant: grouped kernels at every size\n";
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
        << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + " on the side" : "") << "\n"
-       << "gemm1: " << kernel << (p.gated() ? "(128+128) rows x 16 to 128 tokens" : "256 rows x 16 to 128 tokens")
-       << ", gathered A, activation + " << format << " e4m3, " << c.gemm1_columns << " column tiles, " << c.gemm1_grid
-       << " CTAs\n"
-       << "gemm2: " << kernel << "256 rows x 16 to 128 tokens, bf16, " << c.gemm2_columns << " column tiles, "
-       << c.gemm2_grid << " CTAs\n"
+       << "gemm1 and gemm2: " << (p.mx() ? "grouped_gemm_mx_sm90, " : "grouped_gemm_sm90, ") << c.gemm_grid << " CTAs\n"
+       << "gemm1: " << (p.gated() ? "(128+128) rows x 16 to 128 tokens" : "256 rows x 16 to 128 tokens")
+       << ", gathered A, activation + " << format << " e4m3, " << c.gemm1_columns << " column tiles\n"
+       << "gemm2: 256 rows x 16 to 128 tokens, bf16, " << CeilDiv(Y2Columns(p), kSlabStep) << " column tiles\n"
        << (Y2Columns(p) < p.hidden_size ? "gemm2 and finalize: one half of the columns after the other\n" : "")
        << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller") << "\n"
        << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";

@@ -34,10 +34,8 @@ struct Config {
   int route_chunks;      // CTAs of the route kernels; one launch when 1
   int route_chunk_size;  // expanded indices a CTA
   int quantize_ctas;     // of the first route kernel, for bf16 tokens or scattered E8M0 scales
-  int gemm1_grid;        // persistent CTAs
-  int gemm2_grid;
-  int gemm1_columns;  // column tiles of a row block
-  int gemm2_columns;
+  int gemm_grid;         // persistent CTAs
+  int gemm1_columns;     // column tiles of a row block
 };
 
 Config Select(const Problem& problem, int num_sms);

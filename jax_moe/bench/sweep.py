@@ -205,7 +205,7 @@ INTERMEDIATE = (256, 512, 1024, 2048, 4096, 8192, 14336)
 TOP_K = (1, 2, 4, 6, 8, 10, 16, 22)
 ROWS = (64, 96, 127, 128, 129, 160, 192, 255, 256, 257, 320, 384, 512, 1024)
 MANY_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-CROSSING = range(8, 18)
+CROSSING = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16)
 
 
 def _bf16(shape: LayerShape | str, tokens: int, batch_invariant: bool = False) -> Cell:

@@ -10,6 +10,7 @@ namespace jax_moe::cuda {
 // kInFlight: stages whose tokens and scales are on their way at a time.
 struct DeepSeekFormat {
   using Scales = TokenScales;
+  static constexpr bool kMx = false;
   static constexpr int kStages = 4, kInFlight = 3;
   static constexpr int kMaxTokens = kBlockM + kMostTailRows;  // of a tile
   struct alignas(1024) Stage {
@@ -32,7 +33,7 @@ struct DeepSeekFormat {
     }
     DEVICE void begin(const Tile& tile) {
       tokens_.begin();
-      const int row = tile.expert * shape_.rows_per_expert + b_row(shape_, tile, thread_ % 2);
+      const int row = tile.expert() * shape_.rows_per_expert + b_row(shape_, tile, thread_ % 2);
       weights_ = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
     }
     DEVICE void ask(Stage& stage, int k) const {

@@ -27,7 +27,7 @@ struct NarrowActivation {
  private:
   template <bool kShuffled, int kSums>
   DEVICE void run_as(float (&sums)[2][kSums], const Tile& tile) const {
-    with_activation(p.activation, tile.expert, [&](const auto& function) {
+    with_activation(p.activation, tile.expert(), [&](const auto& function) {
       constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
       constexpr Order kOrder = !kShuffled ? Order::kPlain
                                : !kMx     ? Order::kFours

@@ -42,7 +42,7 @@ struct WideActivation {
  private:
   template <Order kOrder>
   DEVICE void run_as(float (&sums)[2][64], const Tile& tile) const {
-    with_activation(p.activation, tile.expert, [&](const auto& function) {
+    with_activation(p.activation, tile.expert(), [&](const auto& function) {
       constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
       const int64_t column = int64_t(tile.column) * (kGated ? 128 : 256);
       const bool second = kGated || column + 128 < p.intermediate;  // half of the last tile may be outside

@@ -1,189 +1,44 @@
-// Persistent warp-specialised grouped FP8 GEMM, tokens A times weights B[expert]. Tile 256 weight rows x up to 128
-// tokens, two math warpgroups, one producer warpgroup. Many tokens make a wide tile, few a narrow one (warpgroup.cuh).
-// GEMM1 gathers token rows by cp.async and has up and gate rows in the two halves. What scales there are is a Format's
-// to say: what a stage is, which scales producer threads put there (Feed), how a math thread multiplies it.
+// Persistent warp-specialised grouped FP8 GEMMs, tokens A times weights B[expert]: GEMM1 with its activation, then
+// GEMM2, in one kernel. Tile 256 weight rows x up to 128 tokens, two math warpgroups, one producer warpgroup. Many
+// tokens make a wide tile, few a narrow one (warpgroup.cuh). What scales there are is a Format's to say: what a stage
+// is, which scales producer threads put there (Feed), how a math thread multiplies it.
 #pragma once
 #include "deepseek_format_sm90.cuh"
 #include "epilogue_narrow.cuh"
 #include "epilogue_wide.cuh"
+#include "grouped_producers_sm90.cuh"
 #include "mx_format_sm90.cuh"
-#include "pipeline.cuh"
-#include "scheduler.cuh"
 
 namespace jax_moe::cuda {
 
-inline constexpr int kGemmThreads = (kMathWarpgroups + 1) * 128;
-inline constexpr int kGatherThreads = 96, kScaleThreads = 64;  // of the producer warpgroup, the last ones
-inline constexpr int kBoxRows = 16, kLargeBoxRows = 64;        // of tokens: a tile of few loads few
+inline constexpr int kMathThreads = kMathWarpgroups * 128, kGemmThreads = kMathThreads + 128;
 
-// Where GEMM1's token rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
-struct GatherA {
-  const uint8_t* source;         // e4m3 [T, H]
-  const int32_t* row_to_source;  // [T*K]
+// Arrays have an element for each GEMM.
+template <class Format>
+struct GroupedGemmParameters {
+  CUtensorMap weights[2];  // boxes of 128 x 128 bytes
+  CUtensorMap h, large_h;  // GEMM2's tokens [T*K, I], boxes of kBoxRows and kLargeBoxRows x 128 bytes
+  GatherA rows;            // GEMM1's tokens; has up and gate rows of weights in the two halves
+  typename Format::Scales scales[2];
+  GemmShape shape[2];
+  TileSchedule schedule;
+  Handover handover;
+  ActivationEpilogueOf<Format::kMx> activation;
+  Bf16EpilogueOf<Format::kMx> bf16;
 };
 
-template <class Format, class Epilogue>
+template <class SomeFormat>
 struct GemmSharedMemory {
+  using Format = SomeFormat;
   static constexpr int kStages = Format::kStages, kInFlight = Format::kInFlight, kMaxTokens = Format::kMaxTokens;
   using Cursor = PipelineCursor<kStages>;
   typename Format::Stage stages[kStages];
   uint8_t staging[kMathWarpgroups][kStagingBytes];
-  typename Epilogue::Shared epilogue;
+  typename ActivationEpilogueOf<Format::kMx>::Shared epilogue;
   PipelineBarriers<kStages> barriers;
+  uint64_t h_stored;  // mbarrier, a phase for each tile of GEMM1: by every math thread
   TileQueue tiles;
 };
-
-// GEMM2's tokens: large boxes, then small ones, as many as the tile needs. Small ones alone cost full tiles 7 %.
-struct TmaTokens {
-  const CUtensorMap *small, *large;
-
-  static DEVICE int rows(const Tile& tile) { return (tile.rows + kBoxRows - 1) / kBoxRows * kBoxRows; }
-  static DEVICE uint32_t bytes(const Tile& tile) { return rows(tile) * kBlockK; }
-  DEVICE void prefetch() const { prefetch_tensor_map(small), prefetch_tensor_map(large); }
-  DEVICE void load(uint8_t* tokens, const Tile& tile, int k, uint32_t full) const {
-    const auto box = [&](const CUtensorMap* map, int row) {
-      tma_load_2d(smem_address(tokens) + row * kBlockK, map, k * kBlockK, tile.row0 + row, full);
-    };
-    int row = 0;
-    for (; row + kLargeBoxRows <= rows(tile); row += kLargeBoxRows) box(large, row);
-    for (; row < rows(tile); row += kBoxRows) box(small, row);
-  }
-};
-struct GatheredTokens {  // by other threads
-  static DEVICE uint32_t bytes(const Tile&) { return 0; }
-  DEVICE void prefetch() const {}
-  DEVICE void load(uint8_t*, const Tile&, int, uint32_t) const {}
-};
-
-// One thread feeds the ring with what TMA loads, draws the tiles and tells them. The first stages' weights are asked
-// for before the kernel that writes the tokens has ended.
-template <class Shared, class Tokens>
-DEVICE void produce(Shared& shared, const Tokens& tokens, const CUtensorMap* b_map, const GemmShape& shape,
-                    const TileSchedule& schedule) {
-  tokens.prefetch();
-  prefetch_tensor_map(b_map);
-  const auto load_weights = [&](const typename Shared::Cursor& at, const Tile& tile, int k) {
-    auto& stage = shared.stages[at.stage()];
-    const uint32_t full = shared.barriers.full_address(at.stage());
-    mbarrier_arrive_expect(full, sizeof(stage.weights) + tokens.bytes(tile));
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      tma_load_2d(smem_address(stage.weights[half]), b_map, k * shape.k_columns,
-                  tile.expert * shape.expert_stride + k * shape.k_stride + b_row(shape, tile, half), full);
-  };
-  TileTeller teller(schedule);
-  Tile tile = teller.first(shared.tiles);
-  int early = 0;  // stages of the first tile that have their weights already
-  if (tile.rows > 0) {
-    typename Shared::Cursor ahead;
-    for (; early < min(Shared::kStages, shape.k_blocks); ++early, ahead.advance()) load_weights(ahead, tile, early);
-  }
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  typename Shared::Cursor at;
-  for (; tile.rows > 0; tile = teller.next()) {
-    for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
-      if (early > 0) {
-        --early;
-      } else {
-        shared.barriers.wait_empty(at);
-        load_weights(at, tile, k);
-      }
-      tokens.load(shared.stages[at.stage()].tokens, tile, k, shared.barriers.full_address(at.stage()));
-      teller.advance(shared.tiles, shape.k_blocks - 1 - k);
-    }
-  }
-}
-
-// What other producer threads add to the ring, by cp.async: scales, and in GEMM1 the tokens, gathered. Each arrives at
-// `full` for what it asked for when that has landed, of kInFlight stages at a time. Null `rows`: of GEMM2. NOTE: no
-// ordinary loads here: the fence below would wait for them.
-template <int kThreads, class Shared, class Feed>
-DEVICE void feed_ring(Shared& shared, const GatherA* rows, const GemmShape& shape, int thread, Feed feed) {
-  constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kThreads / 8;
-  constexpr int kMaxTokens = Shared::kMaxTokens, kPasses = (kMaxTokens + kRowsPerPass - 1) / kRowsPerPass;
-  typename Shared::Cursor at, landed;
-  int in_flight = 0;
-  const auto announce = [&] {
-    feed.finish(shared.stages[landed.stage()]);
-    // NOTE: cp.async writes through the generic proxy; without the fence wgmma may read what was there before.
-    if (rows) fence_proxy_async();
-    mbarrier_arrive(shared.barriers.full_address(landed.stage()));
-    landed.advance();
-  };
-  // Announces what is in flight, each when it has landed.
-  const auto drain = [&] {
-    static_assert(kInFlight == 3, "a step for each");
-    if (in_flight > 2) cp_async_wait<2>(), announce();
-    if (in_flight > 1) cp_async_wait<1>(), announce();
-    if (in_flight > 0) cp_async_wait<0>(), announce();
-    in_flight = 0;
-  };
-  // Pieces of 16 bytes of a 128-byte row; 2^32 of them, 64 GiB, are in reach.
-  const int piece = thread % 8, pass_row = thread / 8;
-  static_assert(kRowsPerPass % 4 == 0, "two places for pieces: of even passes and of odd ones");
-  const uint32_t even = WarpgroupContext::swizzled(0, pass_row, piece);
-  const uint32_t odd = WarpgroupContext::swizzled(0, pass_row + kRowsPerPass, piece) - kRowsPerPass * kBlockK;
-  TileReader reader;
-  for (Tile tile; (tile = reader.next(shared.tiles)).rows > 0;) {
-    int first_row = pass_row;
-    hide(first_row);  // what follows from it is not for the loop over tiles to carry
-    int source[kPasses];
-#pragma unroll
-    for (int i = 0; rows && i < kPasses; ++i) {
-      const int row = min(first_row + kRowsPerPass * i, tile.rows - 1);
-      source[i] = __ldcg(rows->row_to_source + tile.row0 + row);
-    }
-    const int rows_left = tile.rows - first_row;
-    feed.look(tile,
-              [&](int token) { return rows ? __ldcg(rows->row_to_source + tile.row0 + token) : tile.row0 + token; });
-    if (rows) drain();  // while the rows are on their way: nobody shall wait for the stages of the tile before
-#pragma unroll
-    for (int i = 0; rows && i < kPasses; ++i) {
-      hide(source[i]);  // else the loads would be waited for above
-      source[i] = int(uint32_t(source[i]) * uint32_t(shape.k_blocks * 8) + piece);
-    }
-    feed.begin(tile);
-    for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
-      if (in_flight == kInFlight) {  // before the wait below, which is for the readers of another stage
-        cp_async_wait<kInFlight - 1>();
-        announce();
-      } else {
-        ++in_flight;
-      }
-      shared.barriers.wait_empty(at);
-      auto& stage = shared.stages[at.stage()];
-      const uint32_t tokens = smem_address(stage.tokens);
-      const uint8_t* from = rows ? rows->source + k * kBlockK : nullptr;
-      hide(from);  // one addition a piece, not two and a constant
-#pragma unroll
-      for (int i = 0; rows && i < kPasses; ++i) {
-        // Other rows are left as they are: what becomes of a token depends on itself only.
-        if (kRowsPerPass * i < rows_left)
-          cp_async_16(tokens + (i % 2 == 0 ? even : odd) + i * kRowsPerPass * kBlockK,
-                      from + uint64_t(uint32_t(source[i])) * 16);
-      }
-      feed.ask(stage, k);
-      cp_async_commit();
-    }
-  }
-  drain();
-}
-
-// The epilogues of a format: GEMM1's and GEMM2's.
-template <bool kWide, int kMaxTokens, class Epilogue, class Shared, int kSums>
-DEVICE void finish(const Epilogue& epilogue, Shared& shared, const WarpgroupContext& wg, float (&sums)[2][kSums],
-                   const Tile& tile) {
-  constexpr bool kIsActivation = sizeof(typename Epilogue::Shared) > 1;
-  if constexpr (kIsActivation && kWide)
-    WideActivation{epilogue, wg}.run(sums, tile);
-  else if constexpr (kIsActivation)
-    NarrowActivation<Epilogue, kMaxTokens>{epilogue, shared.epilogue, wg}.run(sums, tile);
-  else if constexpr (kWide)
-    WideBf16{epilogue, wg}.run(sums, tile);
-  else
-    NarrowBf16<Epilogue, kMaxTokens>{epilogue, wg}.run(sums, tile);
-}
 
 // Calls use(a number of tokens known to the compiler), at least `tokens`, at most kMost, in steps of 16.
 template <int kMost, int kTokens = 16, class Use>
@@ -194,136 +49,135 @@ DEVICE void with_tokens(int tokens, const Use& use) {
   use(std::integral_constant<int, kTokens>());
 }
 
-template <class Format, class Epilogue, class Shared>
-DEVICE void multiply(Shared& shared, const GemmShape& shape, const Epilogue& epilogue, int warpgroup, int thread) {
-  constexpr int kNarrowTokens = Format::kNarrowTokens;
-  typename Shared::Cursor at;
-  WarpgroupContext wg{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])};
-  TileReader reader;
-  const auto release = [&] { shared.barriers.release(at); };  // by every lane: racecheck trusts no other for a warp
-  for (Tile tile = reader.next(shared.tiles), next; tile.rows > 0; tile = next) {
-    float sums[2][64];
-#pragma unroll
-    for (int i = 0; i < 128; ++i) sums[i / 64][i % 64] = 0.f;
-    const auto for_stages = [&](const auto& multiply_stage) {
-      for (int k = 0; k < shape.k_blocks; ++k, at.advance()) {
-        shared.barriers.wait_full(at);
-        multiply_stage(shared.stages[at.stage()]);
-      }
-      next = reader.next(shared.tiles);  // asked for before the epilogue of the one before
-      hide(wg.thread);                   // the epilogue's addresses are not for the loop to carry
-    };
-    if constexpr (kNarrowTokens < kBlockM) {
-      if (tile.rows > kNarrowTokens) {
-        const int tail_tokens = tile.rows - kBlockM;
-        float tail[2][16] = {};
-        if (tail_tokens > 0)
-          for_stages([&](const auto& stage) {
-            Format::template multiply_narrow<kMostTailRows>(stage, wg, tail, [] {}, kBlockM);
-            Format::multiply_wide(stage, wg, sums, release);
-          });
-        else
-          for_stages([&](const auto& stage) { Format::multiply_wide(stage, wg, sums, release); });
-        if (tail_tokens > 0) {
-          wg.tokens = tail_tokens;
-          wg.row0 = tile.row0 + kBlockM;
-          finish<false, 32>(epilogue, shared, wg, tail, tile);
-        }
-        wg.tokens = min(tile.rows - warpgroup * kWarpgroupRows, kWarpgroupRows);
-        wg.row0 = tile.row0 + warpgroup * kWarpgroupRows;
-        wg.sync();  // a narrow epilogue's staged rows have been read, by all warps; here each stages on its own
-        finish<true, 0>(epilogue, shared, wg, sums, tile);
-        continue;
-      }
-    }
-    with_tokens<kNarrowTokens>(tile.rows, [&](auto tokens) {
-      for_stages([&](const auto& stage) {
-        Format::template multiply_narrow<decltype(tokens)::value>(stage, wg, sums, release);
-      });
-    });
-    wg.tokens = tile.rows;
-    wg.row0 = tile.row0;
-    finish<false, kNarrowTokens>(epilogue, shared, wg, sums, tile);
-  }
-}
-
-// Returns the shared memory with its barriers ready, seen by all threads.
+// A thread of the two math warpgroups.
 template <class Shared>
-DEVICE Shared& prepare_gemm(uint32_t full_arrivals, uint32_t tile_readers) {
+class Multiplier {
+ public:
+  DEVICE Multiplier(Shared& shared, int warpgroup, int thread)
+      : shared_(shared),
+        wg_{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])},
+        tile_(reader_.next(shared.tiles)) {}
+
+  // All tiles of one GEMM.
+  template <int kGemm, class Epilogue>
+  DEVICE void run(const GemmShape& shape, const Epilogue& epilogue) {
+    constexpr int kNarrowTokens = Format::kNarrowTokens;
+    const auto release = [&] { shared_.barriers.release(at_); };  // by every lane: racecheck trusts no other for a warp
+    for (Tile next; tile_.gemm() == kGemm; tile_ = next) {
+      float sums[2][64];
+#pragma unroll
+      for (int i = 0; i < 128; ++i) sums[i / 64][i % 64] = 0.f;
+      const auto for_stages = [&](const auto& multiply_stage) {
+        for (int k = 0; k < shape.k_blocks; ++k, at_.advance()) {
+          shared_.barriers.wait_full(at_);
+          multiply_stage(shared_.stages[at_.stage()]);
+        }
+        next = reader_.next(shared_.tiles);  // asked for before the epilogue of the one before
+        hide(wg_.thread);                    // the epilogue's addresses are not for the loop to carry
+      };
+      if constexpr (kNarrowTokens < kBlockM) {
+        if (tile_.rows() > kNarrowTokens) {
+          const int tail_tokens = tile_.rows() - kBlockM;
+          float tail[2][16] = {};
+          if (tail_tokens > 0)
+            for_stages([&](const auto& stage) {
+              Format::template multiply_narrow<kMostTailRows>(stage, wg_, tail, [] {}, kBlockM);
+              Format::multiply_wide(stage, wg_, sums, release);
+            });
+          else
+            for_stages([&](const auto& stage) { Format::multiply_wide(stage, wg_, sums, release); });
+          if (tail_tokens > 0) {
+            wg_.tokens = tail_tokens;
+            wg_.row0 = tile_.row0 + kBlockM;
+            finish<false, 32>(epilogue, tail);
+          }
+          wg_.tokens = min(tile_.rows() - wg_.index * kWarpgroupRows, kWarpgroupRows);
+          wg_.row0 = tile_.row0 + wg_.index * kWarpgroupRows;
+          wg_.sync();  // a narrow epilogue's staged rows have been read, by all warps; here each stages on its own
+          finish<true, 0>(epilogue, sums);
+          if (kGemm == kFirstGemm) mbarrier_arrive(smem_address(&shared_.h_stored));
+          continue;
+        }
+      }
+      with_tokens<kNarrowTokens>(tile_.rows(), [&](auto tokens) {
+        for_stages([&](const auto& stage) {
+          Format::template multiply_narrow<decltype(tokens)::value>(stage, wg_, sums, release);
+        });
+      });
+      wg_.tokens = tile_.rows();
+      wg_.row0 = tile_.row0;
+      finish<false, kNarrowTokens>(epilogue, sums);
+      if (kGemm == kFirstGemm) mbarrier_arrive(smem_address(&shared_.h_stored));
+    }
+  }
+
+ private:
+  using Format = typename Shared::Format;
+
+  template <bool kWide, int kMaxTokens, int kSums>
+  DEVICE void finish(const ActivationEpilogueOf<Format::kMx>& epilogue, float (&sums)[2][kSums]) const {
+    if constexpr (kWide)
+      WideActivation{epilogue, wg_}.run(sums, tile_);
+    else
+      NarrowActivation<ActivationEpilogueOf<Format::kMx>, kMaxTokens>{epilogue, shared_.epilogue, wg_}.run(sums, tile_);
+  }
+  template <bool kWide, int kMaxTokens, int kSums>
+  DEVICE void finish(const Bf16EpilogueOf<Format::kMx>& epilogue, float (&sums)[2][kSums]) const {
+    if constexpr (kWide)
+      WideBf16{epilogue, wg_}.run(sums, tile_);
+    else
+      NarrowBf16<Bf16EpilogueOf<Format::kMx>, kMaxTokens>{epilogue, wg_}.run(sums, tile_);
+  }
+
+  Shared& shared_;
+  WarpgroupContext wg_;
+  TileReader reader_;
+  Tile tile_;
+  typename Shared::Cursor at_;
+};
+
+// What the warpgroups do. NOTE: their registers, 2 x 224 + 56 a thread, are as many as a CTA of 384 threads is launched
+// with; more would never be there.
+template <class Format>
+DEVICE void run_grouped_gemms(const GroupedGemmParameters<Format>& p) {
+  using Shared = GemmSharedMemory<Format>;
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
   if (threadIdx.x == 0) {
-    shared.barriers.initialize(full_arrivals, kMathWarpgroups * 128);
-    shared.tiles.barriers.initialize(1, tile_readers);
+    shared.barriers.initialize(1 + kFeedThreads, kMathThreads);
+    mbarrier_init(smem_address(&shared.h_stored), kMathThreads);
+    shared.tiles.barriers.initialize(1, (kMathThreads + kFeedThreads) / 32);
   }
   __syncthreads();
-  return shared;
-}
-
-// What the warpgroups of the two kernels do. NOTE: their registers, 2 x 224 + 56 a thread, are as many as a CTA of 384
-// threads is launched with; more would never be there.
-template <class Format, class Epilogue>
-DEVICE void run_gemm1(const CUtensorMap* b_map, const GatherA& rows, const typename Format::Scales& scales,
-                      const GemmShape& shape, const TileSchedule& schedule, const Epilogue& epilogue) {
-  using Shared = GemmSharedMemory<Format, Epilogue>;
-  auto& shared = prepare_gemm<Shared>(1 + kGatherThreads, kMathWarpgroups * 4 + kGatherThreads / 32);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
-  wait_for_previous_kernel();  // NOTE: before the next one may start: GEMM2 reads the tiles of the route before its own
+  wait_for_previous_kernel();  // NOTE: before the next one may start, which reads what the route wrote
   if (warpgroup == kMathWarpgroups) {
     reduce_registers<56>();
-    if (thread == 0) produce(shared, GatheredTokens{}, b_map, shape, schedule);
-    if (const int i = thread - (128 - kGatherThreads); i >= 0)
-      feed_ring<kGatherThreads>(shared, &rows, shape, i,
-                                typename Format::template Feed<kGatherThreads>(scales, shape, i));
-  } else {
-    raise_registers<224>();
-    multiply<Format>(shared, shape, epilogue, warpgroup, thread);
-  }
-}
-
-template <class Format, class Epilogue>
-DEVICE void run_gemm2(const TmaTokens& tokens, const CUtensorMap* b_map, const typename Format::Scales& scales,
-                      const GemmShape& shape, const TileSchedule& schedule, const Epilogue& epilogue) {
-  using Shared = GemmSharedMemory<Format, Epilogue>;
-  auto& shared = prepare_gemm<Shared>(1 + kScaleThreads, kMathWarpgroups * 4 + kScaleThreads / 32);
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
-  if (warpgroup == kMathWarpgroups) {
-    reduce_registers<56>();
-    if (thread == 0) produce(shared, tokens, b_map, shape, schedule);
-    if (const int i = thread - (128 - kScaleThreads); i >= 0) {
-      wait_for_previous_kernel();  // which writes the tokens' scales
-      feed_ring<kScaleThreads>(shared, nullptr, shape, i,
-                               typename Format::template Feed<kScaleThreads>(scales, shape, i));
+    if (thread == 0) {
+      let_next_kernel_start();
+      Loader<Shared> loader(shared, p.schedule, p.handover);
+      loader.template run<kFirstGemm>(GatheredTokens{}, &p.weights[0], p.shape[0]);
+      loader.template run<kSecondGemm>(TmaTokens{&p.h, &p.large_h}, &p.weights[1], p.shape[1]);
+      loader.give_stored();
+    }
+    if (const int i = thread - (128 - kFeedThreads); i >= 0) {
+      using Feed = typename Format::template Feed<kFeedThreads>;
+      Feeder<Shared> feeder(shared, p.handover, i);
+      feeder.template run<kFirstGemm>(p.rows, p.shape[0], Feed(p.scales[0], p.shape[0], i));
+      feeder.template run<kSecondGemm>(p.rows, p.shape[1], Feed(p.scales[1], p.shape[1], i));
     }
   } else {
-    // NOTE: the math warps need no wait: what they compute and store comes from A, which the producer waits for.
     raise_registers<224>();
-    multiply<Format>(shared, shape, epilogue, warpgroup, thread);
+    Multiplier<Shared> multiplier(shared, warpgroup, thread);
+    multiplier.template run<kFirstGemm>(p.shape[0], p.activation);
+    multiplier.template run<kSecondGemm>(p.shape[1], p.bf16);
   }
 }
 
-// The kernels (grouped_gemm_sm90.cu, grouped_gemm_mx_sm90.cu). Tensor maps: A [rows, K] in boxes of kBoxRows and
-// kLargeBoxRows x 128 bytes, B in boxes of 128 x 128 bytes.
-__global__ void gemm1_sm90(const __grid_constant__ CUtensorMap b_map, const __grid_constant__ GatherA rows,
-                           const __grid_constant__ TokenScales scales, const __grid_constant__ GemmShape shape,
-                           const __grid_constant__ TileSchedule schedule,
-                           const __grid_constant__ ActivationEpilogue epilogue);
-__global__ void gemm2_sm90(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap large_a_map,
-                           const __grid_constant__ CUtensorMap b_map, const __grid_constant__ TokenScales scales,
-                           const __grid_constant__ GemmShape shape, const __grid_constant__ TileSchedule schedule,
-                           const __grid_constant__ Bf16Epilogue epilogue);
-__global__ void gemm1_mx_sm90(const __grid_constant__ CUtensorMap b_map, const __grid_constant__ GatherA rows,
-                              const __grid_constant__ MxScales scales, const __grid_constant__ GemmShape shape,
-                              const __grid_constant__ TileSchedule schedule,
-                              const __grid_constant__ MxActivationEpilogue epilogue);
-__global__ void gemm2_mx_sm90(const __grid_constant__ CUtensorMap a_map,
-                              const __grid_constant__ CUtensorMap large_a_map,
-                              const __grid_constant__ CUtensorMap b_map, const __grid_constant__ MxScales scales,
-                              const __grid_constant__ GemmShape shape, const __grid_constant__ TileSchedule schedule,
-                              const __grid_constant__ MxBf16Epilogue epilogue);
+// The kernels (grouped_gemm_sm90.cu, grouped_gemm_mx_sm90.cu).
+__global__ void grouped_gemm_sm90(const __grid_constant__ GroupedGemmParameters<DeepSeekFormat> p);
+__global__ void grouped_gemm_mx_sm90(const __grid_constant__ GroupedGemmParameters<MxFormat> p);
 
-inline constexpr int kGemm1SharedBytes = sizeof(GemmSharedMemory<DeepSeekFormat, ActivationEpilogue>);
-inline constexpr int kGemm2SharedBytes = sizeof(GemmSharedMemory<DeepSeekFormat, Bf16Epilogue>);
-inline constexpr int kMxGemm1SharedBytes = sizeof(GemmSharedMemory<MxFormat, MxActivationEpilogue>);
-inline constexpr int kMxGemm2SharedBytes = sizeof(GemmSharedMemory<MxFormat, MxBf16Epilogue>);
+template <class Format>
+inline constexpr int kGroupedGemmSharedBytes = sizeof(GemmSharedMemory<Format>);
 
 }  // namespace jax_moe::cuda

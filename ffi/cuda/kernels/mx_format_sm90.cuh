@@ -45,6 +45,7 @@ struct MxScales {
 
 struct MxFormat {
   using Scales = MxScales;
+  static constexpr bool kMx = true;
   static constexpr int kStages = 4, kInFlight = 3;
   static constexpr int kMaxTokens = kBlockM;  // of a tile
   struct Stage {
@@ -70,7 +71,7 @@ struct MxFormat {
       for (int i = 0; i < kRows; ++i) {
         int row = min(thread_ + i * kThreads, 2 * kHalfRows - 1);
         hide(row);  // what follows from it is not for the loop over tiles to carry
-        at_[i] = weights_.first(shape_, tile.expert, b_row(shape_, tile, row / kHalfRows) + row % kHalfRows);
+        at_[i] = weights_.first(shape_, tile.expert(), b_row(shape_, tile, row / kHalfRows) + row % kHalfRows);
       }
     }
     DEVICE void ask(Stage& stage, int k) {

@@ -94,6 +94,24 @@ DEVICE void cp_async_wait() {
 }
 // Orders this thread's ordinary shared-memory writes (cp.async included) before reads by wgmma or bulk copies.
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Between ordinary writes of global memory and reads of it by bulk copies, on the side of either.
+DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- counters in global memory
+// ---------------------------------------------------------------------------------------
+// Whoever sees what a thread did to a counter after its fence, and has a fence after that, sees all that was written or
+// known to be written before the first fence.
+DEVICE void fence_memory() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEVICE void subtract_relaxed(int32_t* counter, int n) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(-n) : "memory");
+}
+DEVICE int load_relaxed(const int32_t* counter) {
+  int v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+  return v;
+}
+// Between two looks at a counter.
+DEVICE void back_off() { __nanosleep(32); }
 
 // ---- shared memory
 // ---------------------------------------------------------------------------------------------------

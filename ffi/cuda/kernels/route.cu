@@ -30,11 +30,11 @@ DEVICE int exclusive_sum(int v, int* warps, int& total) {
   return warp_sum(lane < warp ? others : 0) + inclusive - v;
 }
 
-// counts[e] = rows of expert e in this CTA's chunk.
-DEVICE void count_chunk(const RouteParameters& p, int64_t first, int* counts) {
+// counts[e] = rows of expert e in a chunk.
+DEVICE void count_chunk(const RouteParameters& p, int chunk, int64_t first, int* counts) {
   for (int e = threadIdx.x; e < p.slots.local_num_experts; e += kRouteThreads) counts[e] = 0;
   __syncthreads();
-  const int begin = blockIdx.x * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
+  const int begin = chunk * p.chunk_size, end = min(begin + p.chunk_size, p.num_expanded);
   for (int i = begin + threadIdx.x; i < end; i += kRouteThreads) {
     const int e = p.slots.local_expert(__ldcg(p.slots.topk_ids + i), first);
     if (e >= 0) atomicAdd(&counts[e], 1);
@@ -42,14 +42,27 @@ DEVICE void count_chunk(const RouteParameters& p, int64_t first, int* counts) {
   __syncthreads();
 }
 
-// Sum over this expert's chunks [0, num_chunks), by one warp; kMaxRouteChunks = 4 a lane.
-DEVICE int sum_chunks(const RouteParameters& p, int expert, int num_chunks) {
+// Calls use(expert, its rows in the chunks [0, num_chunks)) for every expert, by one thread; kMaxRouteChunks = 4 a
+// lane.
+template <class Use>
+DEVICE void sum_chunks(const RouteParameters& p, int num_chunks, const Use& use) {
   static_assert(kMaxRouteChunks == 128, "one 16-byte load a lane");
-  const int first = threadIdx.x % 32 * 4;
-  const int4 v =
-      *(reinterpret_cast<const int4*>(p.chunk_histogram + int64_t(expert) * kMaxRouteChunks) + threadIdx.x % 32);
-  return warp_sum((first < num_chunks ? v.x : 0) + (first + 1 < num_chunks ? v.y : 0) +
-                  (first + 2 < num_chunks ? v.z : 0) + (first + 3 < num_chunks ? v.w : 0));
+  constexpr int kInFlight = 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, experts = p.slots.local_num_experts;
+  for (int base = warp; base < experts; base += kInFlight * kWarps) {
+    int4 v[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i)
+      v[i] = reinterpret_cast<const int4*>(p.chunk_histogram +
+                                           int64_t(min(base + i * kWarps, experts - 1)) * kMaxRouteChunks)[lane];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int first = 4 * lane, expert = base + i * kWarps;
+      const int rows = warp_sum((first < num_chunks ? v[i].x : 0) + (first + 1 < num_chunks ? v[i].y : 0) +
+                                (first + 2 < num_chunks ? v[i].z : 0) + (first + 3 < num_chunks ? v[i].w : 0));
+      if (lane == 0 && expert < experts) use(expert, rows);
+    }
+  }
 }
 
 DEVICE int num_blocks_of(const RouteParameters& p, int rows) {
@@ -70,7 +83,7 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
   int row = exclusive_sum(rows, warps, total_rows), block = exclusive_sum(blocks, warps, total_blocks);
   for (int e = first; e < last; ++e) {
     const int count = counts[e], num_blocks = num_blocks_of(p, count);
-    p.expert_offsets[e] = row;
+    p.gemm1_left[e] = num_blocks * p.gemm1_columns;
     for (int b = 0; b < num_blocks; ++b) {
       const int group = b / kBlocksPerGroup * kBlocksPerGroup;
       MBlock m;
@@ -85,9 +98,9 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
     block += num_blocks;
   }
   if (threadIdx.x == 0) {
-    p.expert_offsets[p.slots.local_num_experts] = total_rows;
+    p.gemm1_left[p.slots.local_num_experts] = total_blocks * p.gemm1_columns;
     *p.num_m_blocks = total_blocks;
-    for (int gemm = 0; gemm < 2; ++gemm) p.drawn_tiles[gemm] = 0;
+    *p.drawn_tiles = 0;
   }
 }
 
@@ -190,43 +203,31 @@ DEVICE void place_chunk(const RouteParameters& p, int64_t first, int* next) {
 __global__ void __launch_bounds__(kRouteThreads) route_count(const __grid_constant__ RouteParameters p) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (int(blockIdx.x) >= p.num_chunks) {
-    p.prepare_tokens();
-    return;
-  }
   int* counts = reinterpret_cast<int*>(dynamic_shared_memory());
-  count_chunk(p, p.slots.first_local(), counts);
+  count_chunk(p, blockIdx.x, p.slots.first_local(), counts);
   for (int e = threadIdx.x; e < p.slots.local_num_experts; e += kRouteThreads)
     p.chunk_histogram[int64_t(e) * kMaxRouteChunks + blockIdx.x] = counts[e];
 }
 
 __global__ void __launch_bounds__(kRouteThreads) route_scatter(const __grid_constant__ RouteParameters p) {
-  wait_for_previous_kernel();
+  const bool prepares = int(blockIdx.x) > p.num_chunks, lists = int(blockIdx.x) == p.num_chunks;
+  // NOTE: route_count starts this kernel after its own wait, and prepare_tokens() reads nothing of it.
+  if (!prepares || p.num_chunks == 1) wait_for_previous_kernel();
   let_next_kernel_start();
-  if (int(blockIdx.x) >= p.num_chunks) {
-    p.prepare_tokens();
-    return;
-  }
+  if (prepares) return p.prepare_tokens();
   __shared__ int warps[kWarps];
   int* next = reinterpret_cast<int*>(dynamic_shared_memory());  // [L] rows of each expert, then its next free row
   const int64_t first = p.slots.first_local();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (p.num_chunks == 1) {
-    count_chunk(p, first, next);
+    count_chunk(p, 0, first, next);
   } else {
-    for (int e = warp; e < p.slots.local_num_experts; e += kWarps) {
-      const int rows = sum_chunks(p, e, p.num_chunks);
-      if (lane == 0) next[e] = rows;
-    }
+    sum_chunks(p, p.num_chunks, [&](int expert, int rows) { next[expert] = rows; });
     __syncthreads();
   }
-  if (blockIdx.x == 0) list_m_blocks(p, next, warps);
+  if (lists) return list_m_blocks(p, next, warps);
   to_offsets(p, next, warps);
   if (p.num_chunks > 1) {
-    for (int e = warp; e < p.slots.local_num_experts; e += kWarps) {
-      const int before = sum_chunks(p, e, blockIdx.x);
-      if (lane == 0) next[e] += before;
-    }
+    sum_chunks(p, blockIdx.x, [&](int expert, int rows) { next[expert] += rows; });
     __syncthreads();
   }
   place_chunk(p, first, next);

@@ -19,18 +19,19 @@ struct RouteParameters {
   int32_t* expanded_idx_to_permuted_idx;  // [num_expanded], -1: no row
   int32_t* permuted_idx_to_token;         // [rows]
   int32_t* permuted_idx_to_expanded_idx;  // [rows], or null
-  int32_t* expert_offsets;                // [L + 1]
+  int32_t* gemm1_left;                    // [L + 1]: tiles of GEMM1 (handover.cuh) of each expert and of all,
+  int gemm1_columns;                      // of which a row block has so many
   int32_t* num_m_blocks;                  // [1]
   int most_tail_rows;                     // that a block may have beyond kBlockM
-  int32_t* drawn_tiles;                   // of each GEMM, set to 0
+  int32_t* drawn_tiles;                   // set to 0
   MBlock* m_blocks;
   uint16_t* expert_weights;  // bf16 [num_expanded], or null; packed only
-  // By the CTAs after the first num_chunks of the first kernel: of either, what has a source.
+  // By the last CTAs of route_scatter: of either, what has a source.
   QuantizeTokens tokens;
   PackScales scales;
 
   DEVICE void prepare_tokens() const {
-    const int cta = int(blockIdx.x) - num_chunks, ctas = int(gridDim.x) - num_chunks;
+    const int cta = int(blockIdx.x) - num_chunks - 1, ctas = int(gridDim.x) - num_chunks - 1;
     if (scales.from != nullptr)
       scales.run(cta, ctas);
     else
@@ -46,9 +47,9 @@ constexpr int64_t route_shared_bytes(int64_t local_num_experts) {
   return (local_num_experts + 3) / 4 * 16 + counts;
 }
 
-// Rows of each local expert in each chunk. Only launched when num_chunks > 1.
+// Rows of each local expert in each chunk, a CTA a chunk. Only launched when num_chunks > 1.
 __global__ void route_count(const __grid_constant__ RouteParameters p);
-// Everything else.
+// Everything else: a CTA a chunk, one that lists the row blocks, and those that prepare tokens.
 __global__ void route_scatter(const __grid_constant__ RouteParameters p);
 
 }  // namespace jax_moe::cuda

@@ -1,27 +1,41 @@
-// Which tile of a grouped GEMM a CTA computes next. Tiles are numbered group by group (up to 16 row blocks of one
-// expert), inside a group by weight column tile, then by row block: CTAs that run together share weight tiles in L2.
-// The first tile of a CTA is its own number, the others it draws one after the other, late: tiles that are neighbours
-// start together however long those before took. The thread that feeds weights draws; the others read a queue in shared
-// memory.
+// Which tile of the two grouped GEMMs a CTA computes next: those of GEMM1, then those of GEMM2. Tiles of a GEMM are
+// numbered group by group (up to 16 row blocks of one expert), inside a group by weight column tile, then by row block:
+// CTAs that run together share weight tiles in L2. CTAs draw one tile after the other, late: tiles that are neighbours
+// start together however long those before took, and nobody waits for a CTA that has not begun. The thread that feeds
+// weights draws; the others read a queue in shared memory.
 #pragma once
 #include "../../workspace.h"
+#include "handover.cuh"
 #include "pipeline.cuh"
 
 namespace jax_moe::cuda {
 
-struct alignas(16) Tile {
+enum Gemm : int { kFirstGemm, kSecondGemm, kNoGemm };
+// NOTE: packed, because math threads have no register to spare while they multiply.
+struct Tile {
   int row0;    // first permuted row
-  int rows;    // of tokens, 1..kBlockM + kMostTailRows; 0: there are no more tiles
-  int expert;  // local expert
   int column;  // column tile
-};
+  uint32_t packed;
 
-// NOTE: read past L1: the kernel that writes it may still run when this one starts.
+  // Of tokens, 1..kBlockM + kMostTailRows.
+  DEVICE int rows() const { return int(packed & 0xFF); }
+  // kNoGemm: there are no more tiles.
+  DEVICE int gemm() const { return int(packed >> 8 & 3); }
+  // Whether its tokens may be read; else whoever reads them waits.
+  DEVICE bool ready() const { return packed & 1 << 10; }
+  // Local expert, of at most 32767.
+  DEVICE int expert() const { return int(packed >> 16); }
+  static DEVICE uint32_t pack(int rows, int gemm, bool ready, int expert) {
+    return uint32_t(rows | gemm << 8 | int(ready) << 10 | expert << 16);
+  }
+};
+static_assert(kBlockM + kMostTailRows < 256, "a byte");
+
 struct TileSchedule {
   const MBlock* m_blocks;  // [*num_m_blocks]
   const int32_t* num_m_blocks;
-  int32_t* drawn;   // tiles drawn so far; 0 before the kernel, and after it
-  int num_columns;  // column tiles of a row block
+  int32_t* drawn;      // tiles drawn so far; 0 before the kernel, and after it
+  int num_columns[2];  // column tiles of a row block, of either GEMM; 0: this launch is without it
 
   DEVICE MBlock block(int i) const {
     const int4 v = __ldcg(reinterpret_cast<const int4*>(m_blocks) + i);
@@ -33,8 +47,14 @@ struct TileSchedule {
 // stage, not even when every tile is one stage.
 inline constexpr int kTileQueue = 8;
 struct TileQueue {
-  Tile tiles[kTileQueue];
+  int4 tiles[kTileQueue];
   PipelineBarriers<kTileQueue> barriers;  // full: the thread that tells; empty: every warp that reads
+
+  DEVICE void put(int i, const Tile& tile) { tiles[i] = make_int4(tile.row0, tile.column, int(tile.packed), 0); }
+  DEVICE Tile get(int i) const {
+    const int4 v = tiles[i];
+    return {v.x, v.y, uint32_t(v.z)};
+  }
 };
 
 // A warp's place in the queue.
@@ -42,7 +62,8 @@ class TileReader {
  public:
   // By whole warps.
   DEVICE Tile next(TileQueue& queue) {
-    const Tile tile = read(queue);
+    queue.barriers.wait_full(at_);
+    const Tile tile = queue.get(at_.stage());
     __syncwarp();
     if (threadIdx.x % 32 == 0) queue.barriers.release(at_);
     at_.advance();
@@ -50,29 +71,29 @@ class TileReader {
   }
 
  private:
-  DEVICE Tile read(TileQueue& queue) {
-    queue.barriers.wait_full(at_);
-    const int4 v = *reinterpret_cast<const int4*>(&queue.tiles[at_.stage()]);
-    return {v.x, v.y, v.z, v.w};
-  }
   PipelineCursor<kTileQueue> at_;
 };
 
-// The thread of a CTA that looks tiles up and tells the others.
+// The thread of a CTA that draws tiles and tells the others.
 class TileTeller {
  public:
-  DEVICE explicit TileTeller(const TileSchedule& schedule)
-      : schedule_(schedule), num_tiles_(__ldcg(schedule.num_m_blocks) * schedule.num_columns), index_(blockIdx.x) {}
+  DEVICE TileTeller(const TileSchedule& schedule, const Handover& handover)
+      : schedule_(schedule), handover_(handover), all_ready_(handover.left == nullptr) {}
 
   // The first tile, told.
   DEVICE Tile first(TileQueue& queue) {
+    const int blocks = __ldcg(schedule_.num_m_blocks);
+    run(queue, kDraw);
+    tiles_of_first_ = blocks * schedule_.num_columns[kFirstGemm];
+    tiles_ = tiles_of_first_ + blocks * schedule_.num_columns[kSecondGemm];
     for (int step = kFind; step < kSteps; ++step) run(queue, step);
     return tile_;
   }
-  // One of the calls that lead to the next tile, before each K block of a tile: each uses what the one before has asked
-  // memory for a K block or two earlier. `left`: K blocks after this one.
-  DEVICE void advance(TileQueue& queue, int left) {
-    for (; step_ < kSteps && left <= 2 * (kSteps - 1 - step_) + 1; ++step_) run(queue, step_);
+  // The calls that lead to the next tile, before each K block of a tile of k_blocks: each uses what the one before has
+  // asked memory for two K blocks earlier, or one where there are few. `left`: K blocks after this one.
+  DEVICE void advance(TileQueue& queue, int k_blocks, int left) {
+    const int apart = k_blocks > 2 * kSteps ? 2 : 1;
+    for (; step_ < kSteps && left <= apart * (kSteps - 1 - step_) + 1; ++step_) run(queue, step_);
   }
   // After the last K block: the next tile.
   DEVICE Tile next() {
@@ -85,34 +106,45 @@ class TileTeller {
 
   DEVICE void run(TileQueue& queue, int step) {
     if (step == kDraw) {
-      drawn_ = atomicAdd(schedule_.drawn, 1);
+      index_ = atomicAdd(schedule_.drawn, 1);
     } else if (step == kFind) {
-      if (drawn_ >= 0) index_ = int(gridDim.x) + drawn_;
+      // Every CTA draws until there is no tile for it: the last of all leaves the counter as it was.
+      if (index_ == tiles_ - 1 + int(gridDim.x)) atomicExch(schedule_.drawn, 0);
+      gemm_ = index_ < tiles_of_first_ ? kFirstGemm : index_ < tiles_ ? kSecondGemm : kNoGemm;
+      if (gemm_ == kNoGemm) return;
+      if (gemm_ == kSecondGemm) index_ -= tiles_of_first_;
       // Every block of a group knows where the group begins, so tile -> group needs no search.
-      if (index_ < num_tiles_) block_ = schedule_.block(index_ / schedule_.num_columns);
-      // As many are drawn as there are tiles: by every CTA until there is none for it.
-      if (drawn_ == num_tiles_ - 1) atomicExch(schedule_.drawn, 0);
-    } else if (index_ >= num_tiles_) {
-      tile_ = {0, 0, 0, 0};
+      block_ = schedule_.block(index_ / schedule_.num_columns[gemm_]);
     } else if (step == kPlace) {
-      const int in_group = index_ - block_.group_begin * schedule_.num_columns;
-      tile_.column = in_group / block_.group_size;
-      block_ = schedule_.block(block_.group_begin + in_group - tile_.column * block_.group_size);
+      if (gemm_ == kNoGemm) return;
+      if (must_look()) {
+        left_of_expert_ = handover_.of_expert(block_.expert);
+        left_of_all_ = handover_.of_all();
+      }
+      const int in_group = index_ - block_.group_begin * schedule_.num_columns[gemm_];
+      column_ = in_group / block_.group_size;
+      if (block_.group_size > 1) block_ = schedule_.block(block_.group_begin + in_group - column_ * block_.group_size);
     } else {
-      tile_ = {block_.row0, block_.rows, block_.expert, tile_.column};
-    }
-    if (step == kTell) {
+      const bool ready = !must_look() || left_of_expert_ <= 0;
+      if (must_look() && ready) {
+        handover_.seen();
+        all_ready_ = left_of_all_ <= 0;
+      }
+      tile_ = {block_.row0, column_, Tile::pack(block_.rows, gemm_, ready, block_.expert)};
       queue.barriers.wait_empty(at_);
-      *reinterpret_cast<int4*>(&queue.tiles[at_.stage()]) =
-          make_int4(tile_.row0, tile_.rows, tile_.expert, tile_.column);
+      queue.put(at_.stage(), tile_);
       mbarrier_arrive(queue.barriers.full_address(at_.stage()));
       at_.advance();
     }
   }
+  DEVICE bool must_look() const { return gemm_ == kSecondGemm && !all_ready_; }
 
   const TileSchedule& schedule_;
-  int num_tiles_, index_;
-  int drawn_ = -1, step_ = kDraw;
+  const Handover& handover_;
+  bool all_ready_;
+  int tiles_of_first_ = 0, tiles_ = 0;  // of GEMM1; of both
+  int index_ = 0, gemm_ = kNoGemm, column_ = 0, step_ = kDraw;
+  int left_of_expert_ = 0, left_of_all_ = 0;
   MBlock block_{};
   Tile tile_{};
   PipelineCursor<kTileQueue> at_;

@@ -45,7 +45,7 @@ class TokenScaleReader {
   template <class Source>
   DEVICE void look(const Tile& tile, const Source& source) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) row_[i] = source(min(thread_ + i * kThreads, tile.rows - 1));
+    for (int i = 0; i < kCount; ++i) row_[i] = source(min(thread_ + i * kThreads, tile.rows() - 1));
   }
   DEVICE void begin() {
 #pragma unroll

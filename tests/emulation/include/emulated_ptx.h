@@ -33,6 +33,10 @@ void store_transposed(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_
 void load_matrix(uint32_t (&r)[4], uint32_t smem);
 void multiply_f16(float (&d)[4], const LanePayload& operands);
 void decode_e4m3x4(uint32_t codes, uint32_t& lo, uint32_t& hi);
+// counters.cc
+void subtract_from_counter(int32_t* counter, int n);
+int read_counter(const int32_t* counter);
+void wait_for_a_counter();
 // overlap.cc
 void wait_for_earlier_kernels();
 void start_next_kernel();
@@ -76,6 +80,12 @@ DEVICE void cp_async_wait() {
   emulation::wait_cp_async(kPending);
 }
 DEVICE void fence_proxy_async() { emulation::publish_to_async_proxy(); }
+DEVICE void fence_proxy_async_global() {}
+
+DEVICE void subtract_relaxed(int32_t* counter, int n) { emulation::subtract_from_counter(counter, n); }
+DEVICE int load_relaxed(const int32_t* counter) { return emulation::read_counter(counter); }
+DEVICE void fence_memory() {}
+DEVICE void back_off() { emulation::wait_for_a_counter(); }
 
 template <class T>
 DEVICE T load_shared(uint32_t smem) {
