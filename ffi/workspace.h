@@ -8,18 +8,18 @@
 
 namespace jax_moe {
 
-// Blocks of kBlockM rows of one expert, the unit of the GEMM schedules, the last one of an expert with fewer, or where
-// the kernels can with up to kMostTailRows more: that little costs less there than a block of its own. Blocks are
-// numbered in row order;
-// groups of up to kBlocksPerGroup neighbours of one expert walk the weight columns together, so that a weight tile is
-// read from memory once.
+// Blocks of kBlockM or kFewRows rows of one expert, the unit of the GEMM schedules, the last one of an expert with
+// fewer, or where the kernels can with up to kMostTailRows more: that little costs less there than a block of its own.
+// Blocks are numbered in row order; groups of up to kBlocksPerGroup neighbours of one expert walk the weight columns
+// together, so that a weight tile is read from memory once.
 inline constexpr int kBlockM = 128, kMostTailRows = 16;
+inline constexpr int kFewRows = 32;  // of a block where experts have few rows
 inline constexpr int kBlocksPerGroup = 16;
 struct alignas(16) MBlock {
   int32_t row0;         // first permuted row
   int32_t expert;       // local expert
   int32_t group_begin;  // number of the group's first block
-  int16_t rows;         // 1..kBlockM + kMostTailRows
+  int16_t rows;         // of a call with blocks of kBlockM 1..kBlockM + kMostTailRows
   int16_t group_size;   // 1..kBlocksPerGroup
 };
 

@@ -37,6 +37,7 @@ RIGHT = (
     "decode",
     "overlap",
     "overlap_mbarrier_orders",
+    "counters",
 )
 # What is said of each mistake, in every order of events.
 WRONG = {
@@ -103,6 +104,8 @@ WRONG = {
     "overlap_lane_zero_waits": "read before wait_for_previous_kernel.*written it: byte .* of 'y'",
     "overlap_nobody_waits": "no thread of it has called wait_for_previous_kernel",
     "overlap_unknown_before": "may have written it: byte .* of 'x'",
+    "counters_nobody_gives": "deadlock(.*\n)*.*any counter.* threads 0-31\n",
+    "counters_one_is_missing": "deadlock(.*\n)*.*any counter.* threads 0-31\n",
 }
 
 

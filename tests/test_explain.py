@@ -126,6 +126,30 @@ def test_torch_explain_refuses_what_the_call_refuses() -> None:
 
 
 @needs_kernels
+def test_few_rows_an_expert_take_small_blocks() -> None:
+    """Of 8 T slots an expert of 128 can expect T / 16: 20 of them are the most for blocks of 32 rows."""
+    texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (16, 320, 321)}
+    assert all("grouped_gemm_few_sm90" in texts[t] and "16 to 32 tokens" in texts[t] for t in (16, 320))
+    assert "grouped_gemm_sm90" in texts[321] and "16 to 128 tokens" in texts[321]
+
+
+@needs_kernels
+def test_many_bytes_of_weights_take_the_grouped_kernels() -> None:
+    """Two tokens, 16 slots: few for the decode kernels, unless experts are of 44 MB each."""
+    small = dataclasses.replace(CASES["t1"], name="", tokens=2, hidden=1024, inter=512, experts=32, top_k=8)
+    weights = {
+        "hidden_states": ((2, 7168), ml_dtypes.bfloat16),
+        "gemm1_weights": ((32, 4096, 7168), ml_dtypes.float8_e4m3fn),
+        "gemm1_weights_scale": ((32, 32, 56), np.float32),
+        "gemm2_weights": ((32, 7168, 2048), ml_dtypes.float8_e4m3fn),
+        "gemm2_weights_scale": ((32, 56, 16), np.float32),
+    }
+    shapes = {name: jax.ShapeDtypeStruct(*shape) for name, shape in weights.items()}
+    assert "decode_gemm" in jax_moe.explain(**arguments(small))
+    assert "grouped_gemm" in jax_moe.explain(**arguments(small, **shapes, hidden_states_scale=None))
+
+
+@needs_kernels
 def test_a_window_of_experts_is_part_of_the_choice() -> None:
     """Eight of 64 experts: an eighth of the slots is expected, few enough for the decode kernels."""
     case = dataclasses.replace(CASES["t1"], name="", tokens=16, hidden=1024, inter=512, experts=64, top_k=8)

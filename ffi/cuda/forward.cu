@@ -22,7 +22,9 @@ namespace jax_moe::cuda {
 namespace {
 
 static_assert(kGroupedGemmSharedBytes<DeepSeekFormat> <= kMaxSharedBytes, "shared memory of an SM");
+static_assert(kGroupedGemmSharedBytes<DeepSeekFewFormat> <= kMaxSharedBytes, "likewise");
 static_assert(kGroupedGemmSharedBytes<MxFormat> <= kMaxSharedBytes, "likewise");
+static_assert(kGroupedGemmSharedBytes<MxFewFormat> <= kMaxSharedBytes, "likewise");
 
 unsigned Ctas(int64_t items, int64_t per_cta) { return unsigned((items + per_cta - 1) / per_cta); }
 
@@ -41,7 +43,8 @@ Status Route(const Call& c) {
   r.gemm1_columns = c.config.gemm1_columns;
   r.num_m_blocks = c.workspace.num_m_blocks;
   r.drawn_tiles = c.workspace.drawn_tiles;
-  r.most_tail_rows = c.p.mx() ? 0 : kMostTailRows;
+  r.block_rows = c.config.block_rows;
+  r.most_tail_rows = c.config.most_tail_rows;
   r.m_blocks = c.workspace.m_blocks;
   r.expert_weights =
       r.slots.packed && !c.p.do_finalize ? static_cast<uint16_t*>(c.buffers.expert_weights.data) : nullptr;
@@ -151,8 +154,12 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
 }
 
 Status Gemms(const Call& c, int stages, Slab slab) {
-  if (c.p.mx()) return GroupedGemms<MxFormat>(c, "grouped_gemm_mx_sm90", grouped_gemm_mx_sm90, stages, slab);
-  return GroupedGemms<DeepSeekFormat>(c, "grouped_gemm_sm90", grouped_gemm_sm90, stages, slab);
+  const auto launch = [&](auto format, auto kernel) {
+    return GroupedGemms<decltype(format)>(c, c.config.gemm_kernel, kernel, stages, slab);
+  };
+  const bool few = c.config.block_rows == kFewRows;
+  if (c.p.mx()) return few ? launch(MxFewFormat(), grouped_gemm_mx_few_sm90) : launch(MxFormat(), grouped_gemm_mx_sm90);
+  return few ? launch(DeepSeekFewFormat(), grouped_gemm_few_sm90) : launch(DeepSeekFormat(), grouped_gemm_sm90);
 }
 
 Status Finalize(const Call& c, Slab slab) {

@@ -23,10 +23,13 @@ constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
 constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 72 * 1024, kGemm2LoneRingBytes = 96 * 1024;
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
 constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6, kLeastHBuffers = 5;
-// Local slots, and bytes of weights, to expect, beyond which the grouped kernels are level or faster: a few launches
-// and a routing more cost them some microseconds, and they read 5 % faster.
-constexpr int64_t kMostExpectedSlots = 64;
-constexpr double kMostExpectedBytes = 480e6;
+// Local slots, and bytes of weights, to expect, beyond which the grouped kernels are level or faster: they cost some
+// microseconds more before and behind the weights, but read 5 to 8 % faster.
+constexpr int64_t kMostExpectedSlots = 48;
+constexpr double kMostExpectedBytes = 430e6;
+// Rows of an expert to expect, up to which blocks of kFewRows hold most experts' whole: their small stages make room
+// for more of them in the ring, and memory is read 1 to 3 % faster.
+constexpr int64_t kFewExpectedRows = 20;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 constexpr int kMostTokenElements = 16 * 1024;
 // NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
@@ -120,9 +123,14 @@ Config Select(const Problem& p, int num_sms) {
   // 64 blocks of 128 a CTA of 1024 threads, four times in flight; two CTAs an SM.
   c.quantize_ctas = int(std::clamp<int64_t>(CeilDiv(p.num_tokens * p.hidden_size / kScaleBlock, 64), 1, 2 * num_sms));
 
+  const bool few = p.expanded_rows() <= kFewExpectedRows * p.num_experts;
+  c.block_rows = few ? kFewRows : kBlockM;
+  c.most_tail_rows = few || p.mx() ? 0 : kMostTailRows;
+  c.gemm_kernel = p.mx() ? (few ? "grouped_gemm_mx_few_sm90" : "grouped_gemm_mx_sm90")
+                         : (few ? "grouped_gemm_few_sm90" : "grouped_gemm_sm90");
   // A gated GEMM1 multiplies 128 up rows beside their 128 gate rows, all others 256 neighbours. One persistent CTA an
   // SM, fewer when even the worst routing has fewer tiles of either GEMM.
-  const int64_t most_m_blocks = std::min(rows, rows / kBlockM + std::min(p.local_num_experts, rows));
+  const int64_t most_m_blocks = std::min(rows, rows / c.block_rows + std::min(p.local_num_experts, rows));
   c.gemm1_columns = int(CeilDiv(p.intermediate_size, p.gated() ? 128 : 256));
   const int64_t most_columns = std::max<int64_t>(c.gemm1_columns, CeilDiv(Y2Columns(p), kSlabStep));
   c.gemm_grid = int(std::min<int64_t>(num_sms, most_m_blocks * most_columns));
@@ -154,10 +162,10 @@ std::string Explain(const Problem& p, int num_sms) {
   if (p.batch_invariant) text << "batch invariant: grouped kernels at every size\n";
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
        << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + " on the side" : "") << "\n"
-       << "gemm1 and gemm2: " << (p.mx() ? "grouped_gemm_mx_sm90, " : "grouped_gemm_sm90, ") << c.gemm_grid << " CTAs\n"
-       << "gemm1: " << (p.gated() ? "(128+128) rows x 16 to 128 tokens" : "256 rows x 16 to 128 tokens")
-       << ", gathered A, activation + " << format << " e4m3, " << c.gemm1_columns << " column tiles\n"
-       << "gemm2: 256 rows x 16 to 128 tokens, bf16, " << CeilDiv(Y2Columns(p), kSlabStep) << " column tiles\n"
+       << "gemm1 and gemm2: " << c.gemm_kernel << ", " << c.gemm_grid << " CTAs, 16 to " << c.block_rows << " tokens\n"
+       << "gemm1: " << (p.gated() ? "(128+128) rows" : "256 rows") << ", gathered A, activation + " << format
+       << " e4m3, " << c.gemm1_columns << " column tiles\n"
+       << "gemm2: 256 rows, bf16, " << CeilDiv(Y2Columns(p), kSlabStep) << " column tiles\n"
        << (Y2Columns(p) < p.hidden_size ? "gemm2 and finalize: one half of the columns after the other\n" : "")
        << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller") << "\n"
        << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";

@@ -293,7 +293,8 @@ const std::map<std::string, std::string (*)()>& Tests() {
         {"too_many_registers", TooManyRegisters},
         {"registers_of_one_warp", RegistersOfOneWarp},
     };
-    for (const auto* more : {&MultiplyTests(), &DecodeTests(), &OverlapTests()}) all.insert(more->begin(), more->end());
+    for (const auto* more : {&MultiplyTests(), &DecodeTests(), &OverlapTests(), &CounterTests()})
+      all.insert(more->begin(), more->end());
     return all;
   }();
   return tests;

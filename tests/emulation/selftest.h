@@ -30,5 +30,6 @@ std::string Launch(unsigned threads, unsigned shared_bytes, void (*kernel)(Param
 const std::map<std::string, std::string (*)()>& MultiplyTests();
 const std::map<std::string, std::string (*)()>& DecodeTests();
 const std::map<std::string, std::string (*)()>& OverlapTests();
+const std::map<std::string, std::string (*)()>& CounterTests();
 
 }  // namespace selftest

@@ -7,17 +7,20 @@
 
 namespace jax_moe::cuda {
 
-// kInFlight: stages whose tokens and scales are on their way at a time.
-struct DeepSeekFormat {
+// kTileTokens: the most of a tile. kInFlight: stages whose tokens and scales are on their way at a time.
+template <int kTileTokens, int kRingStages>
+struct DeepSeekFormatOf {
   using Scales = TokenScales;
   static constexpr bool kMx = false;
-  static constexpr int kStages = 4, kInFlight = 3;
-  static constexpr int kMaxTokens = kBlockM + kMostTailRows;  // of a tile
-  struct alignas(1024) Stage {
-    uint8_t tokens[kMaxTokens * kBlockK];
-    uint8_t weights[2][kHalfRows * kBlockK];
+  static constexpr int kStages = kRingStages, kInFlight = 3;
+  static constexpr int kMaxTokens = kTileTokens;
+  struct Factors {
     float token_scale[kMaxTokens];
     float weight_scale[2];  // of a half
+  };
+  struct Stage {
+    StageOperands<kMaxTokens>& operands;
+    Factors& factors;
   };
 
   // What one of kThreads producer threads does for the scales of a stage: asks for them by cp.async, and when they have
@@ -36,13 +39,13 @@ struct DeepSeekFormat {
       const int row = tile.expert() * shape_.rows_per_expert + b_row(shape_, tile, thread_ % 2);
       weights_ = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
     }
-    DEVICE void ask(Stage& stage, int k) const {
+    DEVICE void ask(const Stage& stage, int k) const {
       tokens_.for_each(
-          k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.token_scale[token]), from); });
+          k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.factors.token_scale[token]), from); });
       if (thread_ < 2)
-        cp_async_4(smem_address(&stage.weight_scale[thread_]), shape_.b_scale + (weights_ + uint32_t(k)));
+        cp_async_4(smem_address(&stage.factors.weight_scale[thread_]), shape_.b_scale + (weights_ + uint32_t(k)));
     }
-    DEVICE void finish(Stage&) const {}
+    DEVICE void finish(const Stage&) const {}
 
    private:
     TokenScaleReader<kMaxTokens, kThreads> tokens_;
@@ -56,11 +59,11 @@ struct DeepSeekFormat {
   static DEVICE void multiply_wide(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                    const Release& release) {
     const int first = wg.index * kWarpgroupRows;
-    const uint64_t tokens = wgmma_descriptor(smem_address(stage.tokens) + first * kBlockK);
+    const uint64_t tokens = wgmma_descriptor(smem_address(stage.operands.tokens) + first * kBlockK);
     float acc[64], scale[4];  // two tokens', two halves'
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint64_t weights = wgmma_descriptor(smem_address(stage.weights[half]));
+      const uint64_t weights = wgmma_descriptor(smem_address(stage.operands.weights[half]));
       register_fence(acc);
       wgmma_fence();
 #pragma unroll
@@ -70,8 +73,8 @@ struct DeepSeekFormat {
       if (half == 0) {  // in the shadow of the wgmmas
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          scale[i] = load_shared_f32(smem_address(&stage.token_scale[first + wg.fragment_row() + i * 8]));
-          scale[2 + i] = load_shared_f32(smem_address(&stage.weight_scale[i]));
+          scale[i] = load_shared_f32(smem_address(&stage.factors.token_scale[first + wg.fragment_row() + i * 8]));
+          scale[2 + i] = load_shared_f32(smem_address(&stage.factors.weight_scale[i]));
         }
       }
       wgmma_wait();
@@ -86,11 +89,11 @@ struct DeepSeekFormat {
 
   // Narrow tiles: sums += this warpgroup's 64 rows of each half times kTokens tokens from `first` on. The second half
   // is multiplied while the first is added.
-  static constexpr int kNarrowTokens = 64;
+  static constexpr int kNarrowTokens = kMaxTokens < 64 ? kMaxTokens : 64;
   template <int kTokens, int kSums, class Release>
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][kSums],
                                      const Release& release, int first = 0) {
-    const uint64_t tokens = wgmma_descriptor(smem_address(stage.tokens) + first * kBlockK);
+    const uint64_t tokens = wgmma_descriptor(smem_address(stage.operands.tokens) + first * kBlockK);
     float acc[2][kTokens / 2];
     register_fence(acc[0]);
     register_fence(acc[1]);
@@ -98,7 +101,7 @@ struct DeepSeekFormat {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint64_t weights =
-          wgmma_descriptor(smem_address(stage.weights[half]) + wg.index * kWarpgroupRows * kBlockK);
+          wgmma_descriptor(smem_address(stage.operands.weights[half]) + wg.index * kWarpgroupRows * kBlockK);
 #pragma unroll
       for (int i = 0; i < 4; ++i) wgmma_m64k32_e4m3(acc[half], weights + 2 * i, tokens + 2 * i, i);
       wgmma_commit();
@@ -106,9 +109,9 @@ struct DeepSeekFormat {
     register_fence(acc[0]);
     register_fence(acc[1]);
     wgmma_wait<1>();
-    add(&stage.token_scale[first], stage.weight_scale[0], wg, acc[0], sums[0]);
+    add(&stage.factors.token_scale[first], stage.factors.weight_scale[0], wg, acc[0], sums[0]);
     wgmma_wait();
-    add(&stage.token_scale[first], stage.weight_scale[1], wg, acc[1], sums[1]);
+    add(&stage.factors.token_scale[first], stage.factors.weight_scale[1], wg, acc[1], sums[1]);
     release();
   }
 
@@ -129,5 +132,8 @@ struct DeepSeekFormat {
     }
   }
 };
+
+using DeepSeekFormat = DeepSeekFormatOf<kBlockM + kMostTailRows, 4>;
+using DeepSeekFewFormat = DeepSeekFormatOf<kFewRows, 6>;
 
 }  // namespace jax_moe::cuda

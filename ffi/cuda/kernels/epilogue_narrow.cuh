@@ -151,10 +151,10 @@ struct NarrowActivation {
       }
     } else {
       float amax = 0.f;
-      const uint32_t first = wg.staging - wg.index * kStagingBytes;
+      const uint32_t first = wg.staging - wg.index * wg.staging_bytes;
 #pragma unroll
       for (int w = 0; w < 4 * kMathWarpgroups; ++w)
-        amax = fmaxf(amax, load_shared_f32(magnitude_at(first + w / 4 * kStagingBytes, 0, w % 4, token)));
+        amax = fmaxf(amax, load_shared_f32(magnitude_at(first + w / 4 * wg.staging_bytes, 0, w % 4, token)));
       const float scale = block_scale(amax);
       shared.inverse[wg.index][0][token] = 1.f / scale;
       if (wg.index == 0) *scale_of = scale;

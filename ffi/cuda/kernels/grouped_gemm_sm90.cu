@@ -8,4 +8,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   run_grouped_gemms(p);
 }
 
+__global__ void __launch_bounds__(kGemmThreads, 1)
+    grouped_gemm_few_sm90(const __grid_constant__ GroupedGemmParameters<DeepSeekFewFormat> p) {
+  run_grouped_gemms(p);
+}
+
 }  // namespace jax_moe::cuda

@@ -1,7 +1,7 @@
 // Persistent warp-specialised grouped FP8 GEMMs, tokens A times weights B[expert]: GEMM1 with its activation, then
-// GEMM2, in one kernel. Tile 256 weight rows x up to 128 tokens, two math warpgroups, one producer warpgroup. Many
-// tokens make a wide tile, few a narrow one (warpgroup.cuh). What scales there are is a Format's to say: what a stage
-// is, which scales producer threads put there (Feed), how a math thread multiplies it.
+// GEMM2, in one kernel. Tile 256 weight rows x up to 128 tokens, or up to 32 with a longer ring; two math warpgroups,
+// one producer warpgroup. Many tokens make a wide tile, few a narrow one (warpgroup.cuh). What scales there are is a
+// Format's to say: what a stage is, which scales producer threads put there (Feed), how a math thread multiplies it.
 #pragma once
 #include "deepseek_format_sm90.cuh"
 #include "epilogue_narrow.cuh"
@@ -32,12 +32,16 @@ struct GemmSharedMemory {
   using Format = SomeFormat;
   static constexpr int kStages = Format::kStages, kInFlight = Format::kInFlight, kMaxTokens = Format::kMaxTokens;
   using Cursor = PipelineCursor<kStages>;
-  typename Format::Stage stages[kStages];
-  uint8_t staging[kMathWarpgroups][kStagingBytes];
+  static constexpr int kStagingBytes = kMaxTokens > 32 ? 8192 : 4096;  // of a warpgroup
+  StageOperands<kMaxTokens> operands[kStages];
+  typename Format::Factors factors[kStages];
+  alignas(128) uint8_t staging[kMathWarpgroups][kStagingBytes];
   typename ActivationEpilogueOf<Format::kMx>::Shared epilogue;
   PipelineBarriers<kStages> barriers;
   uint64_t h_stored;  // mbarrier, a phase for each tile of GEMM1: by every math thread
   TileQueue tiles;
+
+  DEVICE typename Format::Stage stage(const Cursor& at) { return {operands[at.stage()], factors[at.stage()]}; }
 };
 
 // Calls use(a number of tokens known to the compiler), at least `tokens`, at most kMost, in steps of 16.
@@ -55,7 +59,7 @@ class Multiplier {
  public:
   DEVICE Multiplier(Shared& shared, int warpgroup, int thread)
       : shared_(shared),
-        wg_{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup])},
+        wg_{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup]), Shared::kStagingBytes},
         tile_(reader_.next(shared.tiles)) {}
 
   // All tiles of one GEMM.
@@ -70,12 +74,12 @@ class Multiplier {
       const auto for_stages = [&](const auto& multiply_stage) {
         for (int k = 0; k < shape.k_blocks; ++k, at_.advance()) {
           shared_.barriers.wait_full(at_);
-          multiply_stage(shared_.stages[at_.stage()]);
+          multiply_stage(shared_.stage(at_));
         }
         next = reader_.next(shared_.tiles);  // asked for before the epilogue of the one before
         hide(wg_.thread);                    // the epilogue's addresses are not for the loop to carry
       };
-      if constexpr (kNarrowTokens < kBlockM) {
+      if constexpr (kNarrowTokens < Format::kMaxTokens) {
         if (tile_.rows() > kNarrowTokens) {
           const int tail_tokens = tile_.rows() - kBlockM;
           float tail[2][16] = {};
@@ -175,7 +179,9 @@ DEVICE void run_grouped_gemms(const GroupedGemmParameters<Format>& p) {
 
 // The kernels (grouped_gemm_sm90.cu, grouped_gemm_mx_sm90.cu).
 __global__ void grouped_gemm_sm90(const __grid_constant__ GroupedGemmParameters<DeepSeekFormat> p);
+__global__ void grouped_gemm_few_sm90(const __grid_constant__ GroupedGemmParameters<DeepSeekFewFormat> p);
 __global__ void grouped_gemm_mx_sm90(const __grid_constant__ GroupedGemmParameters<MxFormat> p);
+__global__ void grouped_gemm_mx_few_sm90(const __grid_constant__ GroupedGemmParameters<MxFewFormat> p);
 
 template <class Format>
 inline constexpr int kGroupedGemmSharedBytes = sizeof(GemmSharedMemory<Format>);

@@ -66,7 +66,7 @@ class Loader {
       for (int k = 0; k < shape.k_blocks; ++k, at_.advance()) {
         if (k == give_at) give_stored();
         if (k >= early) load_weights(tokens, weights, shape, at_, k);
-        tokens.load(shared_.stages[at_.stage()].tokens, tile_, k, shared_.barriers.full_address(at_.stage()));
+        tokens.load(shared_.operands[at_.stage()].tokens, tile_, k, shared_.barriers.full_address(at_.stage()));
         teller_.advance(shared_.tiles, shape.k_blocks, shape.k_blocks - 1 - k);
       }
       if (kGemm == kFirstGemm) to_give_ = tile_.expert();
@@ -86,7 +86,7 @@ class Loader {
   DEVICE void load_weights(const Tokens& tokens, const CUtensorMap* weights, const GemmShape& shape,
                            const typename Shared::Cursor& at, int k) {
     shared_.barriers.wait_empty(at);
-    auto& stage = shared_.stages[at.stage()];
+    auto& stage = shared_.operands[at.stage()];
     const uint32_t full = shared_.barriers.full_address(at.stage());
     mbarrier_arrive_expect(full, sizeof(stage.weights) + tokens.bytes(tile_));
 #pragma unroll
@@ -151,8 +151,8 @@ class Feeder {
           ++in_flight_;
         }
         shared_.barriers.wait_empty(at_);
-        auto& stage = shared_.stages[at_.stage()];
-        const uint32_t tokens = smem_address(stage.tokens);
+        const auto stage = shared_.stage(at_);
+        const uint32_t tokens = smem_address(stage.operands.tokens);
         const uint8_t* from = rows.source + k * kBlockK;
         hide(from);  // one addition a piece, not two and a constant
 #pragma unroll
@@ -175,7 +175,7 @@ class Feeder {
 
   template <bool kGathers, class Feed>
   DEVICE void announce(const Feed& feed) {
-    feed.finish(shared_.stages[landed_.stage()]);
+    feed.finish(shared_.stage(landed_));
     // NOTE: cp.async writes through the generic proxy; without the fence wgmma may read what was there before.
     if (kGathers) fence_proxy_async();
     mbarrier_arrive(shared_.barriers.full_address(landed_.stage()));

@@ -43,16 +43,20 @@ struct MxScales {
   MxWeightScales weights;
 };
 
-struct MxFormat {
+// As DeepSeekFormatOf.
+template <int kTileTokens, int kRingStages>
+struct MxFormatOf {
   using Scales = MxScales;
   static constexpr bool kMx = true;
-  static constexpr int kStages = 4, kInFlight = 3;
-  static constexpr int kMaxTokens = kBlockM;  // of a tile
-  struct Stage {
-    uint8_t tokens[kBlockM * kBlockK];
-    uint8_t weights[2][kHalfRows * kBlockK];
+  static constexpr int kStages = kRingStages, kInFlight = 3;
+  static constexpr int kMaxTokens = kTileTokens;
+  struct alignas(16) Factors {
     uint32_t weight_words[2 * kHalfRows];  // of four scales
     float factor[kMxScales][kMaxTokens];   // of a token; made of the words that come to the first
+  };
+  struct Stage {
+    StageOperands<kMaxTokens>& operands;
+    Factors& factors;
   };
 
   // As DeepSeekFormat's; when words have landed, it makes floats of those of tokens.
@@ -74,21 +78,21 @@ struct MxFormat {
         at_[i] = weights_.first(shape_, tile.expert(), b_row(shape_, tile, row / kHalfRows) + row % kHalfRows);
       }
     }
-    DEVICE void ask(Stage& stage, int k) {
+    DEVICE void ask(const Stage& stage, int k) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int row = thread_ + i * kThreads;
-        if (row < 2 * kHalfRows) cp_async_4(smem_address(&stage.weight_words[row]), weights_.words + at_[i]);
+        if (row < 2 * kHalfRows) cp_async_4(smem_address(&stage.factors.weight_words[row]), weights_.words + at_[i]);
         at_[i] += weights_.step();
       }
-      tokens_.for_each(k,
-                       [&](int token, const float* from) { cp_async_4(smem_address(&stage.factor[0][token]), from); });
+      tokens_.for_each(
+          k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.factors.factor[0][token]), from); });
     }
-    DEVICE void finish(Stage& stage) const {
+    DEVICE void finish(const Stage& stage) const {
       tokens_.for_each(0, [&](int token, const float*) {
-        const uint32_t word = __float_as_uint(stage.factor[0][token]);
+        const uint32_t word = __float_as_uint(stage.factors.factor[0][token]);
 #pragma unroll
-        for (int s = 0; s < kMxScales; ++s) stage.factor[s][token] = mx_scale(word, s);
+        for (int s = 0; s < kMxScales; ++s) stage.factors.factor[s][token] = mx_scale(word, s);
       });
     }
 
@@ -101,7 +105,7 @@ struct MxFormat {
     uint32_t at_[kRows];
   };
 
-  static constexpr int kNarrowTokens = kBlockM;
+  static constexpr int kNarrowTokens = kMaxTokens;
 
   // sums += this warpgroup's 64 rows of each half times kTokens tokens, in steps of 32 of K, a half and up to 64
   // tokens. Each is multiplied while the one before is added.
@@ -169,18 +173,19 @@ struct MxFormat {
     uint32_t word[2][2];  // of a half and this thread's row v
 
     DEVICE Operands(const Stage& stage, const WarpgroupContext& wg)
-        : tokens(wgmma_descriptor(smem_address(stage.tokens))),
-          weights(wgmma_descriptor(smem_address(stage.weights[0]) + wg.index * kWarpgroupRows * kBlockK)),
-          factors(smem_address(&stage.factor[0][2 * wg.quad()])) {
+        : tokens(wgmma_descriptor(smem_address(stage.operands.tokens))),
+          weights(wgmma_descriptor(smem_address(stage.operands.weights[0]) + wg.index * kWarpgroupRows * kBlockK)),
+          factors(smem_address(&stage.factors.factor[0][2 * wg.quad()])) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         word[i / 2][i % 2] = load_shared_u32(smem_address(
-            &stage.weight_words[i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8]));
+            &stage.factors
+                 .weight_words[i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8]));
     }
     // Whether a scale of the warpgroup's rows is above kFarScale. NOTE: of all, since its warps multiply together.
     DEVICE bool far(const Stage& stage, const WarpgroupContext& wg) const {
       const uint4 v = load_shared_v4(smem_address(
-          &stage.weight_words[wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + wg.lane() % 16 * 4]));
+          &stage.factors.weight_words[wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + wg.lane() % 16 * 4]));
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
       uint32_t any = 0;
 #pragma unroll
@@ -261,6 +266,7 @@ struct MxFormat {
     }
   }
 };
-static_assert(sizeof(MxFormat::Stage) % 1024 == 0, "swizzled tiles");
+using MxFormat = MxFormatOf<kBlockM, 4>;
+using MxFewFormat = MxFormatOf<kFewRows, 5>;
 
 }  // namespace jax_moe::cuda

@@ -66,7 +66,7 @@ DEVICE void sum_chunks(const RouteParameters& p, int num_chunks, const Use& use)
 }
 
 DEVICE int num_blocks_of(const RouteParameters& p, int rows) {
-  const int full = rows / kBlockM, rest = rows - full * kBlockM;
+  const int full = rows / p.block_rows, rest = rows - full * p.block_rows;
   return full + (rest > (full > 0 ? p.most_tail_rows : 0));
 }
 
@@ -87,10 +87,10 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
     for (int b = 0; b < num_blocks; ++b) {
       const int group = b / kBlocksPerGroup * kBlocksPerGroup;
       MBlock m;
-      m.row0 = row + b * kBlockM;
+      m.row0 = row + b * p.block_rows;
       m.expert = e;
       m.group_begin = block + group;
-      m.rows = int16_t(b + 1 < num_blocks ? kBlockM : count - b * kBlockM);
+      m.rows = int16_t(b + 1 < num_blocks ? p.block_rows : count - b * p.block_rows);
       m.group_size = int16_t(min(num_blocks - group, kBlocksPerGroup));
       p.m_blocks[block + b] = m;
     }

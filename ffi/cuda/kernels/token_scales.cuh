@@ -2,10 +2,18 @@
 // tile.
 #pragma once
 #include "scheduler.cuh"
+#include "warpgroup.cuh"
 
 namespace jax_moe::cuda {
 
 inline constexpr int kBlockK = 128;  // bytes of K a stage: one swizzle row and one scale group
+
+// What wgmma reads of a stage. NOTE: apart from what else belongs to it, or alignment would cost a KiB a stage.
+template <int kMaxTokens>
+struct alignas(1024) StageOperands {
+  uint8_t tokens[kMaxTokens * kBlockK];
+  uint8_t weights[2][kHalfRows * kBlockK];
+};
 
 // The scales of tokens: element (block, row) at block * block_stride + row * row_stride. MxFp8: words of four.
 struct TokenScales {

@@ -9,14 +9,14 @@ namespace jax_moe::cuda {
 inline constexpr int kHalfRows = 128;      // weight rows of a half of a tile, one scale block
 inline constexpr int kWarpgroupRows = 64;  // of the M side
 inline constexpr int kMathWarpgroups = 2;
-inline constexpr int kStagingBytes = 8192;  // of a warpgroup
 
 struct WarpgroupContext {
   int index;         // of the math warpgroup
   int thread;        // 0..127
   int tokens;        // of a narrow tile; of a wide one those of this warpgroup
   int row0;          // permuted row of the first of them
-  uint32_t staging;  // its shared memory
+  uint32_t staging;  // its shared memory, behind which is that of the other, for
+  int staging_bytes;
 
   DEVICE int warp() const { return thread / 32; }
   DEVICE int lane() const { return thread % 32; }
