@@ -10,8 +10,8 @@ __global__ void __launch_bounds__(kFinalizeThreads) finalize(const __grid_consta
   const int chunks = (p.columns + kFinalizeColumnsPerCta - 1) / kFinalizeColumnsPerCta;
   const int64_t token = blockIdx.x / chunks;
   const int column = int(blockIdx.x % chunks) * kFinalizeColumnsPerCta + threadIdx.x * 8, lane = threadIdx.x % 32;
-  // Lane i has the row and the weight of slot i. NOTE: read before the wait: this kernel starts when GEMM2 has waited
-  // for GEMM1, which has waited for the route.
+  // Lane i has the row and the weight of slot i. NOTE: read before the wait: this kernel starts when the GEMMs' has
+  // waited for the route.
   static_assert(kMaxTopK <= 32, "a lane a slot");
   int row = -1;
   float weight = 0.f;
