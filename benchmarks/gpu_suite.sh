@@ -85,7 +85,7 @@ step_sweeps() {
   attempt sweeps 300 "$python" benchmarks/sweeps.py --json "$out/sweeps.json" "${sweep_args[@]}"
 }
 
-# DRAM throughput and tensor pipe of the two GEMM kernels, of one small and one large cell.
+# DRAM throughput and tensor pipe of the kernel of both GEMMs, of one small and one large cell; the first call warms up.
 step_ncu() {
   local metrics="gpu__time_duration.sum,dram__bytes_read.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed"
   metrics+=",sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed"
@@ -93,8 +93,8 @@ step_ncu() {
   local cell
   for cell in "qwen3_30b 16" "qwen3_30b 8192"; do
     # shellcheck disable=SC2086  # the cell is two words
-    attempt "ncu_${cell// /_}" 120 ncu --clock-control none --target-processes all -k regex:gemm --launch-skip 2 \
-      --launch-count 2 --metrics "$metrics" --csv --page raw "$python" benchmarks/one_call.py $cell
+    attempt "ncu_${cell// /_}" 120 ncu --clock-control none --target-processes all -k regex:gemm --launch-skip 1 \
+      --launch-count 1 --metrics "$metrics" --csv --page raw "$python" benchmarks/one_call.py $cell
   done
 }
 
