@@ -107,7 +107,7 @@ TokenScales DescribeTokenScales(const Call& c) {
 
 // What one GEMM is told of its tokens' and its weights' scales.
 template <class Format>
-typename Format::Scales DescribeScales(const Call& c, const TokenScales& tokens, const Buffer& weights, bool by_turns) {
+typename Format::Scales ScalesOf(const Call& c, const TokenScales& tokens, const Buffer& weights, bool by_turns) {
   if constexpr (Format::kMx)
     return {tokens, DescribeScales(c, weights, by_turns)};
   else
@@ -137,8 +137,8 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
   second.column_step = kSlabStep;
   second.half_step = 128;
   second.first_row = int(slab.first);
-  g.scales[0] = DescribeScales<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, by_turns);
-  g.scales[1] = DescribeScales<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, false);
+  g.scales[0] = ScalesOf<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, by_turns);
+  g.scales[1] = ScalesOf<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, false);
   const auto* x = c.p.hidden_states_are_bf16() ? w.x : static_cast<const uint8_t*>(c.buffers.hidden_states.data);
   g.rows = {x, w.permuted_idx_to_token};
   g.schedule = {w.m_blocks, w.num_m_blocks, w.drawn_tiles, {}};
