@@ -103,10 +103,9 @@ def test_calls_back_to_back_may_share_a_workspace(cuda: Cuda) -> None:
         assert_same_results(call.results(), results)
 
 
-def test_calls_on_two_streams_at_once(cuda: Cuda) -> None:
+def run_on_two_streams(calls: list[Call]) -> None:
     import torch
 
-    calls = [Call(CASES[name], memory=cuda) for name in ("blocks_t700", "routing_mixed_window")]
     expected = [call.run() for call in calls]
     for call in calls:
         call.poison()
@@ -118,6 +117,20 @@ def test_calls_on_two_streams_at_once(cuda: Cuda) -> None:
     torch.cuda.synchronize()
     for call, results in zip(calls, expected, strict=True):
         assert_same_results(call.results(), results)
+
+
+def test_calls_on_two_streams_at_once(cuda: Cuda) -> None:
+    run_on_two_streams([Call(CASES[name], memory=cuda) for name in ("blocks_t700", "routing_mixed_window")])
+
+
+@pytest.mark.parametrize(
+    "case", [Case("many_rows", 2000, 1024, 1024, 16, 4), Case("few_rows", 64, 1024, 512, 128, 8)], ids=lambda c: c.name
+)
+def test_calls_that_do_not_fit_on_the_gpu_together(cuda: Cuda, case: Case) -> None:
+    """Either has a CTA for every SM, and CTAs that wait for tiles of others must not keep those out."""
+    calls = [Call(case, memory=cuda) for _ in range(2)]
+    assert "grouped_gemm" in native.explain(calls[0].problem)
+    run_on_two_streams(calls)
 
 
 def test_several_threads_at_once(cuda: Cuda) -> None:
