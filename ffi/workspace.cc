@@ -57,9 +57,9 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   w.expert_offsets = w.gemm1_left = carve.Take<int32_t>({experts + 1, 0});
   w.chunk_histogram = carve.Take<int32_t>({kMaxRouteChunks * experts, 0});
   w.num_m_blocks = carve.Take<int32_t>({1, 0});
-  // NOTE: the last of these is never a block. The counter lies there because exported modules state the size of the
-  // workspace: what grows it makes the library refuse them.
-  const AffineBytes m_blocks{experts + 1, (p.top_k + kBlockM - 1) / kBlockM};
+  // Enough for blocks of either size. NOTE: the last of these is never a block. The counter lies there because exported
+  // modules state the size of the workspace: what grows it makes the library refuse them.
+  const AffineBytes m_blocks{experts + 1, (p.top_k + kFewRows - 1) / kFewRows};
   w.m_blocks = carve.Take<MBlock>(m_blocks);
   w.drawn_tiles = reinterpret_cast<int32_t*>(w.m_blocks + m_blocks.at(p.num_tokens) - 1);
   w.permuted_x_scale = carve.Take<float>({3 * h_blocks, p.top_k * h_blocks});

@@ -53,7 +53,7 @@ struct Workspace {
   int32_t* chunk_histogram;               // [L, kMaxRouteChunks]
   int32_t* num_m_blocks;                  // [1]
   int32_t* drawn_tiles;                   // [1]               tiles of the GEMMs that CTAs have drawn
-  MBlock* m_blocks;                       // [T*K/128 + L + 1]
+  MBlock* m_blocks;                       // [T*ceil(K/kFewRows) + L + 1]
   float* permuted_x_scale;                // [H/128, scale_stride]; on a GPU [H/128, T], only where MxFp8 needs it
   uint8_t* h;          // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
   float* h_scale;      // [I/128, scale_stride], or the result gemm1_activation_scale

@@ -141,6 +141,7 @@ def _small_cases() -> list[Case]:
     # Every width of a tile of the grouped kernels, and both sides of each.
     rows = (16, 17, 32, 33, 48, 49, 64, 65, 128, 129, 144, 145, 160, 272, 273)
     cases += [Case(f"rows_{n}", n, 256, 256, 2, 1, routing="one_expert", do_finalize=n % 2 == 0) for n in rows]
+    cases.append(Case("zipf_t200", 200, 256, 384, 16, 2, routing="zipf"))  # experts of many rows and of few
     bf16 = {"x_dtype": "bfloat16", "routing": "one_expert"}
     return cases + [Case(f"bf16_h1536_{n}", n, 1536, 128, 2, 1, **bf16) for n in (33, 140, 257)]
 

@@ -33,7 +33,7 @@ struct Config {
 
   int route_chunks;      // CTAs of the route kernels; one launch when 1
   int route_chunk_size;  // expanded indices a CTA
-  int quantize_ctas;     // of the first route kernel, for bf16 tokens or scattered E8M0 scales
+  int quantize_ctas;     // of the last route kernel, for bf16 tokens or scattered E8M0 scales
   const char* gemm_kernel;
   int block_rows, most_tail_rows;  // kBlockM or kFewRows; rows that the last block of an expert may have beyond
   int gemm_grid;                   // persistent CTAs

@@ -8,10 +8,10 @@ namespace {
 const char any_counter = 0;  // what is waited on
 }
 
-void subtract_from_counter(int32_t* counter, int n) {
+void decrement_counter(int32_t* counter) {
   check_global_read(counter, sizeof *counter);
   check_global_write(counter, sizeof *counter);
-  *counter -= n;
+  --*counter;
   wake(&any_counter, 0, num_threads());
 }
 

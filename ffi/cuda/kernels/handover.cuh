@@ -15,8 +15,8 @@ struct Handover {
   DEVICE void give(int expert) const {
     fence_proxy_async_global();
     fence_memory();
-    subtract_relaxed(left + expert, 1);
-    subtract_relaxed(left + num_experts, 1);
+    decrement_relaxed(left + expert);
+    decrement_relaxed(left + num_experts);
   }
   // How many are missing, of an expert or of all. Who sees none calls seen(), and may read.
   DEVICE int of_expert(int expert) const { return load_relaxed(left + expert); }

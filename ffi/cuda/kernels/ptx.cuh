@@ -102,8 +102,8 @@ DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;
 // Whoever sees what a thread did to a counter after its fence, and has a fence after that, sees all that was written or
 // known to be written before the first fence.
 DEVICE void fence_memory() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-DEVICE void subtract_relaxed(int32_t* counter, int n) {
-  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(-n) : "memory");
+DEVICE void decrement_relaxed(int32_t* counter) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(-1) : "memory");
 }
 DEVICE int load_relaxed(const int32_t* counter) {
   int v;

@@ -11,12 +11,12 @@ inline constexpr int kWarpgroupRows = 64;  // of the M side
 inline constexpr int kMathWarpgroups = 2;
 
 struct WarpgroupContext {
-  int index;         // of the math warpgroup
-  int thread;        // 0..127
-  int tokens;        // of a narrow tile; of a wide one those of this warpgroup
-  int row0;          // permuted row of the first of them
-  uint32_t staging;  // its shared memory, behind which is that of the other, for
-  int staging_bytes;
+  int index;          // of the math warpgroup
+  int thread;         // 0..127
+  int tokens;         // of a narrow tile; of a wide one those of this warpgroup
+  int row0;           // permuted row of the first of them
+  uint32_t staging;   // its shared memory; those of the warpgroups are neighbours
+  int staging_bytes;  // of one
 
   DEVICE int warp() const { return thread / 32; }
   DEVICE int lane() const { return thread % 32; }

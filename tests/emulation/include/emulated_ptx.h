@@ -34,7 +34,7 @@ void load_matrix(uint32_t (&r)[4], uint32_t smem);
 void multiply_f16(float (&d)[4], const LanePayload& operands);
 void decode_e4m3x4(uint32_t codes, uint32_t& lo, uint32_t& hi);
 // counters.cc
-void subtract_from_counter(int32_t* counter, int n);
+void decrement_counter(int32_t* counter);
 int read_counter(const int32_t* counter);
 void wait_for_a_counter();
 // overlap.cc
@@ -82,7 +82,7 @@ DEVICE void cp_async_wait() {
 DEVICE void fence_proxy_async() { emulation::publish_to_async_proxy(); }
 DEVICE void fence_proxy_async_global() {}
 
-DEVICE void subtract_relaxed(int32_t* counter, int n) { emulation::subtract_from_counter(counter, n); }
+DEVICE void decrement_relaxed(int32_t* counter) { emulation::decrement_counter(counter); }
 DEVICE int load_relaxed(const int32_t* counter) { return emulation::read_counter(counter); }
 DEVICE void fence_memory() {}
 DEVICE void back_off() { emulation::wait_for_a_counter(); }
