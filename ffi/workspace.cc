@@ -48,8 +48,9 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   Carve carve(buffers.workspace.data, p.num_tokens);
   Workspace w{};
   w.scale_stride = p.scale_stride();
+  if (p.mx()) w.x_values = carve.Take<uint16_t>({0, p.hidden_size});
   if (p.hidden_states_are_bf16()) {
-    w.x = carve.Take<uint8_t>({0, p.hidden_size});
+    w.x = p.mx() ? reinterpret_cast<uint8_t*>(w.x_values) : carve.Take<uint8_t>({0, p.hidden_size});
     w.x_scale = carve.Take<float>({0, (h_blocks + 3) / 4 * 4});
   }
   w.permuted_idx_to_token = carve.Take<int32_t>({0, p.top_k});
@@ -63,11 +64,12 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   w.m_blocks = carve.Take<MBlock>(m_blocks);
   w.drawn_tiles = reinterpret_cast<int32_t*>(w.m_blocks + m_blocks.at(p.num_tokens) - 1);
   w.permuted_x_scale = carve.Take<float>({3 * h_blocks, p.top_k * h_blocks});
+  if (p.mx()) w.h_values = carve.Take<uint16_t>({0, p.top_k * p.intermediate_size});
   if (p.has_gemm1_lora_delta) {
     w.h = static_cast<uint8_t*>(buffers.gemm1_activation_output.data);
     w.h_scale = static_cast<float*>(buffers.gemm1_activation_scale.data);
   } else {
-    w.h = carve.Take<uint8_t>({0, p.top_k * p.intermediate_size});
+    w.h = p.mx() ? reinterpret_cast<uint8_t*>(w.h_values) : carve.Take<uint8_t>({0, p.top_k * p.intermediate_size});
     w.h_scale = carve.Take<float>({3 * i_blocks, p.top_k * i_blocks});
   }
   w.expanded_idx_to_permuted_idx = p.do_finalize && !p.has_gemm1_lora_delta

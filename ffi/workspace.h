@@ -45,6 +45,7 @@ struct Slab {
 struct Workspace {
   uint8_t* x;                             // e4m3 [T, H]       quantised hidden_states (bf16 input only)
   float* x_scale;                         // [T, H/128]        its scales, up to 3 more a row (bf16 input only)
+  uint16_t* x_values;                     // bf16 [T, H]       the same memory: MxFp8, on a GPU, scales folded in
   int32_t* expanded_idx_to_permuted_idx;  // [T*K]             or the result of that name
   int32_t* permuted_idx_to_token;         // [T*K]
   int32_t* permuted_idx_to_expanded_idx;  // [T*K]             (LoRA only, else null)
@@ -57,6 +58,7 @@ struct Workspace {
   float* permuted_x_scale;                // [H/128, scale_stride]; on a GPU [H/128, T], only where MxFp8 needs it
   uint8_t* h;          // e4m3 [T*K, I]     activation of a permuted row, or the result gemm1_activation_output
   float* h_scale;      // [I/128, scale_stride], or the result gemm1_activation_scale
+  uint16_t* h_values;  // bf16 [T*K, I]     MxFp8, on a GPU: h with scales folded in; its memory unless that is a result
   uint16_t* y2;        // bf16 [T*K, y2_columns]    or the result gemm2_output without do_finalize
   int64_t y2_columns;  // H, or those of the first slab, the widest
   // Of calls that could take the decode kernels: the activation of a slot, in float32, then quantised.

@@ -14,7 +14,7 @@ import inputs
 import numpy as np
 import pairwise
 import routings
-from extremes import EXTREMES, MX_EXTREMES
+from extremes import BEYOND_BF16, EXTREMES, MX_EXTREMES
 from numpy.typing import NDArray
 
 from jax_moe import reference
@@ -261,19 +261,18 @@ MX_FACTORS: tuple[dict[str, dict[str, Any]], ...] = (
 def _mx_cases() -> list[Case]:
     """MxFp8: sizes, each option alone, all of them in pairs, and what is not ordinary."""
     cases = [Case(f"mx_t{tokens}", tokens, inter=128, **MX) for tokens in (0, 1, 8, 129, 257)]  # H/32 is 8
-    shapes = [(128, 128), (384, 128), (128, 384), (896, 384), (640, 896)]
-    cases += [Case(f"mx_h{hidden}_i{inter}", 33, hidden, inter, 4, **MX) for hidden, inter in shapes]
+    shapes = ((128, 128), (384, 128), (128, 384), (896, 384), (640, 896))
+    cases += [Case(f"mx_h{h}_i{i}", 33, h, i, 4, **MX) for h, i in shapes]
     cases += [Case(name, 53, 256, 256, 8, 3, **option) for name, option in MX_OPTIONS.items()]
     rows = (17, 33, 49, 65, 97, 128, 129)
     cases += [Case(f"mx_rows_{n}", n, 256, 256, 2, 1, routing="one_expert", **MX) for n in rows]
     for name in ("mx_relu2", "mx_lora", "mx_shuffled", "mx_shuffled_grid", "mx_bf16"):
         cases += [Case(f"{name}_t{tokens}", tokens, 384, 128, **MX_OPTIONS[name]) for tokens in (0, 1, 257)]
         cases.append(Case(f"{name}_e300", 53, 128, 128, 300, 8, (31, 200), "mixed", **MX_OPTIONS[name]))
-    relu2_shuffled = MX_OPTIONS["mx_relu2"] | {"shuffled": True}
     cases += [
         Case("mx_lora_unfinalized", 53, 256, 256, 16, 4, (3, 9), "mixed", lora=True, do_finalize=False, **MX),
         Case("mx_lora_unfinalized_t0", 0, lora=True, do_finalize=False, **MX),
-        Case("mx_relu2_shuffled", 53, 256, 256, 8, 3, **relu2_shuffled),
+        Case("mx_relu2_shuffled", 53, 256, 256, 8, 3, **MX_OPTIONS["mx_relu2"] | {"shuffled": True}),
         Case("mx_unfinalized_nothing_local", 7, window=(0, 3), routing="none_local", do_finalize=False, **MX),
         Case("mx_garbage_window", 53, 256, 128, 16, 4, (5, 7), routing="garbage", **MX),
         Case("mx_one_expert_many_blocks", 2100, 128, 128, 4, 1, routing="one_expert", **MX),
@@ -283,8 +282,9 @@ def _mx_cases() -> list[Case]:
         common: dict[str, Any] = {"experts": 16, "top_k": 4, "weights": "signed", "seed": number % 3}
         cases.append(Case(f"mx_pair_{name}", **MX | common | changes))
     for name in MX_EXTREMES:
-        option = MX_OPTIONS["mx_bf16" if name.endswith("_bf16") else "mx_lora"]
-        cases.append(Case(f"extreme_{name}", 33, 256, 256, 8, 3, extreme=name, **option))
+        option = MX_OPTIONS["mx_bf16" if name.endswith("_bf16") else "mx_lora"] | {"extreme": name}
+        sizes = {"": 33} if name in BEYOND_BF16 else {"": 33, "_many": 57}  # rows an expert, that is
+        cases += [Case(f"extreme_{name}{many}", tokens, 256, 256, 8, 3, **option) for many, tokens in sizes.items()]
     return cases
 
 

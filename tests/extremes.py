@@ -143,7 +143,8 @@ def _zero_blocks(arrays: Arrays) -> None:
 
 ALL = slice(None)
 # Of MxFp8, whose hidden_states_scale is [T, H/32] here. In "far_scales" the values of x, or of a weight, are beyond
-# float32; their products are ordinary.
+# float32; their products are ordinary. BEYOND_BF16: not for kernels that multiply values in bfloat16.
+BEYOND_BF16 = ("mx_far_scales", "mx_far_scales_of_weights", "mx_largest_gemm2_scale")
 MX_EXTREMES: dict[str, Callable[[Arrays], None]] = {
     "mx_nan_x_scale": _set_scales(hidden_states_scale=((3, 5), 255)),
     "mx_nan_gemm1_scale": _set_scales(gemm1_weights_scale=((2, 70, 3), 255)),

@@ -30,6 +30,8 @@ RIGHT = (
     "tensor_map_rules",
     "multiply",
     "multiply_gathered",
+    "registers",
+    "mx_values",
     "named_barriers",
     "atomics",
     "boxes_of_rank_three",
@@ -104,6 +106,9 @@ WRONG = {
     "overlap_lane_zero_waits": "read before wait_for_previous_kernel.*written it: byte .* of 'y'",
     "overlap_nobody_waits": "no thread of it has called wait_for_previous_kernel",
     "overlap_unknown_before": "may have written it: byte .* of 'x'",
+    "registers_overwritten": "register of A was written while its wgmma was in flight",
+    "registers_no_proxy_fence": "no fence_proxy_async",
+    "registers_no_wgmma_fence": r"without a wgmma_fence\(\)",
     "counters_nobody_gives": "deadlock(.*\n)*.*any counter.* threads 0-31\n",
     "counters_one_is_missing": "deadlock(.*\n)*.*any counter.* threads 0-31\n",
 }

@@ -28,7 +28,7 @@ def test_a_layout_changes_no_bit(run: mx_properties.Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("shift", [31, 110, -100])
-@pytest.mark.parametrize("name", ["mx_t8", "mx_grid"])
+@pytest.mark.parametrize("name", ["mx_t8", "mx_grid", "mx_t129"])
 def test_powers_of_two_that_move_from_weights_to_tokens_change_no_bit(
     run: mx_properties.Run, name: str, shift: int
 ) -> None:
@@ -51,7 +51,7 @@ def test_no_order_of_events_changes_a_bit(emulator: emulated.Emulator, name: str
 
 
 def test_many_stages_and_tiles(emulator: emulated.Emulator) -> None:
-    """The ring of three wraps often, with few and with many row blocks a tile."""
+    """The rings wrap often, with few and with many row blocks a tile."""
     for case in (cases.Case("", 5, 2048, 512, 4, 2, **cases.MX), cases.Case("", 300, 1024, 384, 3, 2, **cases.MX)):
         given = cases.arrays(case)
         results.assert_matches(case, given, emulated.run(emulator, case, given, seed=5, num_sms=2))

@@ -38,7 +38,7 @@ struct Call {
     return p.hidden_states_scale_block_stride == 1 && p.hidden_states_scale_token_stride % kMxScales == 0 &&
            reinterpret_cast<uintptr_t>(buffers.hidden_states_scale.data) % kMxScales == 0;
   }
-  // bf16 tokens, to workspace.x and x_scale with rows of scale_pitch scales.
+  // bf16 tokens, to workspace.x and x_scale with rows of scale_pitch scales, or to x_values.
   QuantizeTokens quantize_tokens(int scale_pitch) const {
     const int k_blocks = int(p.hidden_size / kScaleBlock);
     return {static_cast<const uint16_t*>(buffers.hidden_states.data),
@@ -47,7 +47,8 @@ struct Call {
             p.num_tokens * k_blocks,
             k_blocks,
             scale_pitch,
-            p.mx()};
+            p.mx(),
+            config.tokens_are_values ? workspace.x_values : nullptr};
   }
   ActivationChoice activation() const {
     return {ActivationType(p.activation_type), Floats(buffers.gemm1_alpha), Floats(buffers.gemm1_beta),

@@ -25,6 +25,7 @@ static_assert(kGroupedGemmSharedBytes<DeepSeekFormat> <= kMaxSharedBytes, "share
 static_assert(kGroupedGemmSharedBytes<DeepSeekFewFormat> <= kMaxSharedBytes, "likewise");
 static_assert(kGroupedGemmSharedBytes<MxFormat> <= kMaxSharedBytes, "likewise");
 static_assert(kGroupedGemmSharedBytes<MxFewFormat> <= kMaxSharedBytes, "likewise");
+static_assert(MxFewFormat::kMaxTokens == kFewRows && MxFormat::kMaxTokens == kBlockM, "the blocks of Select()");
 
 unsigned Ctas(int64_t items, int64_t per_cta) { return unsigned((items + per_cta - 1) / per_cta); }
 
@@ -52,6 +53,16 @@ Status Route(const Call& c) {
                       unsigned(route_shared_bytes(r.slots.local_num_experts)), true};
   if (c.p.hidden_states_are_bf16()) {
     r.tokens = c.quantize_tokens(int(c.p.hidden_size / kScaleBlock));
+    scatter.grid += unsigned(c.config.quantize_ctas);
+  } else if (c.config.tokens_are_values) {
+    const int pieces = int(c.p.hidden_size / 16);
+    r.fold = {static_cast<const uint8_t*>(c.buffers.hidden_states.data),
+              static_cast<const uint8_t*>(c.buffers.hidden_states_scale.data),
+              c.p.hidden_states_scale_block_stride,
+              c.p.hidden_states_scale_token_stride,
+              c.workspace.x_values,
+              c.p.num_tokens * pieces,
+              pieces};
     scatter.grid += unsigned(c.config.quantize_ctas);
   } else if (c.p.mx() && !c.token_scales_are_words()) {
     r.scales = {static_cast<const uint8_t*>(c.buffers.hidden_states_scale.data),
@@ -108,10 +119,12 @@ TokenScales DescribeTokenScales(const Call& c) {
 // What one GEMM is told of its tokens' and its weights' scales.
 template <class Format>
 typename Format::Scales ScalesOf(const Call& c, const TokenScales& tokens, const Buffer& weights, bool by_turns) {
-  if constexpr (Format::kMx)
-    return {tokens, DescribeScales(c, weights, by_turns)};
-  else
+  if constexpr (!Format::kMx)
     return tokens;
+  else if constexpr (Format::kTokenPlanes > 1)
+    return DescribeScales(c, weights, by_turns);
+  else
+    return {tokens, DescribeScales(c, weights, by_turns)};
 }
 
 // GEMM1, GEMM2 of a slab, or both, in one launch.
@@ -129,8 +142,11 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
   if (s.ok())
     s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &g.weights[1],
                         &second);
-  if (s.ok()) s = EncodeBytes(&g.h, w.h, rows, inter, kBoxRows);
-  if (s.ok()) s = EncodeBytes(&g.large_h, w.h, rows, inter, kLargeBoxRows);
+  // Tokens are float8 beside their scales, or values.
+  const bool values = Format::kTokenPlanes > 1;
+  const void* h = values ? static_cast<const void*>(w.h_values) : w.h;
+  if (s.ok()) s = EncodeBytes(&g.h, h, rows, inter * Format::kTokenPlanes, kBoxRows);
+  if (s.ok()) s = EncodeBytes(&g.large_h, h, rows, inter * Format::kTokenPlanes, kLargeBoxRows);
   if (!s.ok()) return s;
   first.column_step = apart ? 128 : 256;
   first.half_step = apart ? int(inter) : 128;
@@ -139,15 +155,23 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
   second.first_row = int(slab.first);
   g.scales[0] = ScalesOf<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, by_turns);
   g.scales[1] = ScalesOf<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, false);
-  const auto* x = c.p.hidden_states_are_bf16() ? w.x : static_cast<const uint8_t*>(c.buffers.hidden_states.data);
-  g.rows = {x, w.permuted_idx_to_token};
+  const void* codes = c.p.hidden_states_are_bf16() ? w.x : c.buffers.hidden_states.data;
+  g.rows = {static_cast<const uint8_t*>(values ? w.x_values : codes), w.permuted_idx_to_token};
   g.schedule = {w.m_blocks, w.num_m_blocks, w.drawn_tiles, {}};
   if (stages & kGemm1) g.schedule.num_columns[0] = c.config.gemm1_columns;
   if (stages & kGemm2) g.schedule.num_columns[1] = int(Ctas(slab.columns, kSlabStep));
   g.handover = {stages & kGemm1 ? w.gemm1_left : nullptr, int(c.p.local_num_experts)};
   const void* delta = c.p.has_gemm1_lora_delta ? c.buffers.gemm1_lora_delta.data : nullptr;
   const LoraDelta lora{static_cast<const uint16_t*>(delta), w.permuted_idx_to_expanded_idx, c.p.gemm1_rows()};
-  g.activation = {w.h, w.h_scale, inter, w.scale_stride, c.activation(), lora, shuffled};
+  const bool codes_of_h = !values || delta != nullptr;  // for GEMM2 or the caller
+  g.activation = {codes_of_h ? w.h : nullptr,
+                  codes_of_h ? w.h_scale : nullptr,
+                  values ? w.h_values : nullptr,
+                  inter,
+                  w.scale_stride,
+                  c.activation(),
+                  lora,
+                  shuffled};
   g.bf16 = {w.y2, w.y2_columns, slab.columns, shuffled};
   const LaunchShape shape{unsigned(c.config.gemm_grid), kGemmThreads, kGroupedGemmSharedBytes<Format>, true};
   return Launch(name, kernel, shape, c.stream, g);

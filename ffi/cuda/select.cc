@@ -123,7 +123,9 @@ Config Select(const Problem& p, int num_sms) {
   // 64 blocks of 128 a CTA of 1024 threads, four times in flight; two CTAs an SM.
   c.quantize_ctas = int(std::clamp<int64_t>(CeilDiv(p.num_tokens * p.hidden_size / kScaleBlock, 64), 1, 2 * num_sms));
 
-  const bool few = p.expanded_rows() <= kFewExpectedRows * p.num_experts;
+  // NOTE: both kernels of DeepSeekFp8 sum in the same order, those of MxFp8 do not.
+  const bool few = p.expanded_rows() <= kFewExpectedRows * p.num_experts && !(p.mx() && p.batch_invariant);
+  c.tokens_are_values = p.mx() && !few && !c.decode.used;
   c.block_rows = few ? kFewRows : kBlockM;
   c.most_tail_rows = few || p.mx() ? 0 : kMostTailRows;
   c.gemm_kernel = p.mx() ? (few ? "grouped_gemm_mx_few_sm90" : "grouped_gemm_mx_sm90")
@@ -158,13 +160,14 @@ std::string Explain(const Problem& p, int num_sms) {
          << " bytes\n";
     return text.str();
   }
-  const std::string format = p.mx() ? "1x32" : "1x128";
+  const std::string format = p.mx() ? "1x32" : "1x128", values = c.tokens_are_values ? " as bf16 values" : " e4m3";
   if (p.batch_invariant) text << "batch invariant: grouped kernels at every size\n";
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
-       << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + " on the side" : "") << "\n"
+       << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + values + " on the side" : "")
+       << "\n"
        << "gemm1 and gemm2: " << c.gemm_kernel << ", " << c.gemm_grid << " CTAs, 16 to " << c.block_rows << " tokens\n"
-       << "gemm1: " << (p.gated() ? "(128+128) rows" : "256 rows") << ", gathered A, activation + " << format
-       << " e4m3, " << c.gemm1_columns << " column tiles\n"
+       << "gemm1: " << (p.gated() ? "(128+128) rows" : "256 rows") << ", gathered A, activation + " << format << values
+       << ", " << c.gemm1_columns << " column tiles\n"
        << "gemm2: 256 rows, bf16, " << CeilDiv(Y2Columns(p), kSlabStep) << " column tiles\n"
        << (Y2Columns(p) < p.hidden_size ? "gemm2 and finalize: one half of the columns after the other\n" : "")
        << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller") << "\n"

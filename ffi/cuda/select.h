@@ -33,8 +33,9 @@ struct Config {
 
   int route_chunks;      // CTAs of the route kernels; one launch when 1
   int route_chunk_size;  // expanded indices a CTA
-  int quantize_ctas;     // of the last route kernel, for bf16 tokens or scattered E8M0 scales
+  int quantize_ctas;     // of the last route kernel, for tokens or E8M0 scales that are not yet what the GEMM reads
   const char* gemm_kernel;
+  bool tokens_are_values;          // MxFp8 by bf16 wgmmas: x and h have their scales folded in
   int block_rows, most_tail_rows;  // kBlockM or kFewRows; rows that the last block of an expert may have beyond
   int gemm_grid;                   // persistent CTAs
   int gemm1_columns;               // column tiles of a row block

@@ -24,6 +24,8 @@ struct CpAsync {
 struct WgmmaOp {
   float* d;
   uint64_t a, b;
+  const uint32_t* a_registers;  // bf16; null: a and b are e4m3
+  uint32_t a_values[4];         // of these registers, as long as it is in flight
   int n;
   bool accumulate;
 };

@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace emulation {
 
@@ -34,6 +35,12 @@ inline const std::array<float, 1 << 8> kE4m3Values = decode_all<1 << 8>(4, 3, fa
 inline const std::array<float, 1 << 16> kF16Values = decode_all<1 << 16>(5, 10, true);
 inline float from_e4m3(uint8_t code) { return kE4m3Values[code]; }
 inline float from_f16(uint16_t code) { return kF16Values[code]; }
+inline float from_bf16(uint16_t code) {
+  const uint32_t bits = uint32_t(code) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 
 // Exact; every NaN becomes 0x7FFF.
 inline uint16_t e4m3_to_f16(uint8_t code) {

@@ -293,7 +293,7 @@ const std::map<std::string, std::string (*)()>& Tests() {
         {"too_many_registers", TooManyRegisters},
         {"registers_of_one_warp", RegistersOfOneWarp},
     };
-    for (const auto* more : {&MultiplyTests(), &DecodeTests(), &OverlapTests(), &CounterTests()})
+    for (const auto* more : {&MultiplyTests(), &DecodeTests(), &OverlapTests(), &CounterTests(), &RegisterTests()})
       all.insert(more->begin(), more->end());
     return all;
   }();

@@ -31,5 +31,6 @@ const std::map<std::string, std::string (*)()>& MultiplyTests();
 const std::map<std::string, std::string (*)()>& DecodeTests();
 const std::map<std::string, std::string (*)()>& OverlapTests();
 const std::map<std::string, std::string (*)()>& CounterTests();
+const std::map<std::string, std::string (*)()>& RegisterTests();
 
 }  // namespace selftest

@@ -1,5 +1,7 @@
 // Matrices that a warp holds in its registers: ldmatrix and stmatrix, which access shared memory as ordinary loads and
-// stores do, and mma.sync. All 32 lanes have to come.
+// stores do, and mma.sync. All 32 lanes have to come. And what a lane does with the formats in its registers.
+#include <cuda_bf16.h>
+
 #include "machine.h"
 #include "number_formats.h"
 
@@ -53,6 +55,25 @@ void decode_e4m3x4(uint32_t codes, uint32_t& lo, uint32_t& hi) {
   for (int i = 0; i < 4; ++i) f16[i] = e4m3_to_f16(uint8_t(codes >> 8 * i));
   lo = f16[0] | f16[1] << 16;
   hi = f16[2] | f16[3] << 16;
+}
+
+uint32_t permute_bytes(uint32_t bytes, uint32_t which) {
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t name = which >> 4 * i & 15;
+    if (name % 8 > 3) fail("permute_bytes: there is no byte %d", int(name % 8));
+    const uint32_t byte = bytes >> name % 8 * 8 & 255;
+    result |= (name < 8 ? byte : byte & 0x80 ? 255u : 0u) << 8 * i;
+  }
+  return result;
+}
+
+uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  const auto half = [&](int i) {  // the float32 product of two bf16 is exact but where it is subnormal
+    const double product = double(from_bf16(uint16_t(a >> 16 * i))) * double(from_bf16(uint16_t(b >> 16 * i)));
+    return uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(float(product)))) << 16 * i;
+  };
+  return half(0) | half(1);
 }
 
 }  // namespace emulation

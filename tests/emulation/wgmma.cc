@@ -1,6 +1,6 @@
-// wgmma and setmaxnreg. A wgmma reads its operands when its warp commits it or when it
-// waits for it (drawn for every CTA), each warp its own 16 rows; the accumulators hold NaN until the wait. The four
-// warps of a warpgroup must issue the same sequence.
+// wgmma and setmaxnreg. A wgmma reads its operands in shared memory when its warp commits it or when it
+// waits for it (drawn for every CTA), each warp its own 16 rows; the accumulators hold NaN until the wait, and A in
+// registers must not change until then. The four warps of a warpgroup must issue the same sequence.
 #include <algorithm>
 #include <functional>
 
@@ -10,7 +10,8 @@
 namespace emulation {
 namespace {
 
-constexpr int kK = 32, kMaxN = 128, kWarpRows = 16;
+constexpr int kMostK = 32, kMaxN = 128, kWarpRows = 16;
+constexpr int kRowBytes = 32;               // of an operand, of either type
 constexpr uint32_t kInFlight = 0x7FBADBAD;  // NaN
 constexpr uint32_t kRegistersOfSm = 65536;
 
@@ -54,23 +55,33 @@ const uint8_t* operand(uint64_t descriptor, int row, int piece, const char* name
   return views.async;
 }
 
-// d[16][n] (+)= A rows [16 warp_row ...] B^T
-void multiply(float (*d)[kMaxN], const WgmmaOp& op, int warp_in_group) {
-  static float b_values[kK][kMaxN];
-  float a_values[kWarpRows][kK];
+// The 16 bytes of an operand in shared memory as values.
+void decode(const uint8_t* bytes, bool bf16, float* to, int stride) {
+  for (int k = 0; k < (bf16 ? 8 : 16); ++k)
+    to[k * stride] = bf16 ? from_bf16(uint16_t(bytes[2 * k] | bytes[2 * k + 1] << 8)) : from_e4m3(bytes[k]);
+}
+
+// d[16][n] (+)= A rows [16 warp_row ...] B^T, number `which` of the warp whose first thread is `first`.
+void multiply(float (*d)[kMaxN], int first, size_t which, int warp_in_group) {
+  static float b_values[kMostK][kMaxN];
+  float a_values[kWarpRows][kMostK];
+  const WgmmaOp& op = thread(first).wgmmas[which];
+  const bool bf16 = op.a_registers != nullptr;
+  const int num_k = bf16 ? 16 : 32, of_piece = num_k / 2;
   for (int n = 0; n < op.n; ++n)
-    for (int piece = 0; piece < kK / 16; ++piece) {
-      const uint8_t* codes = operand(op.b, n, piece, "B");
-      for (int k = 0; k < 16; ++k) b_values[piece * 16 + k][n] = from_e4m3(codes[k]);
+    for (int piece = 0; piece < kRowBytes / 16; ++piece)
+      decode(operand(op.b, n, piece, "B"), bf16, &b_values[piece * of_piece][n], kMaxN);
+  for (int m = 0; m < kWarpRows; ++m) {
+    for (int piece = 0; !bf16 && piece < kRowBytes / 16; ++piece)
+      decode(operand(op.a, warp_in_group * kWarpRows + m, piece, "A"), false, &a_values[m][piece * of_piece], 1);
+    for (int k = 0; bf16 && k < num_k; ++k) {
+      const WgmmaOp& of_lane = thread(first + m % 8 * 4 + k % 8 / 2).wgmmas[which];
+      a_values[m][k] = from_bf16(uint16_t(of_lane.a_values[m / 8 + k / 8 * 2] >> k % 2 * 16));
     }
-  for (int m = 0; m < kWarpRows; ++m)
-    for (int piece = 0; piece < kK / 16; ++piece) {
-      const uint8_t* codes = operand(op.a, warp_in_group * kWarpRows + m, piece, "A");
-      for (int k = 0; k < 16; ++k) a_values[m][piece * 16 + k] = from_e4m3(codes[k]);
-    }
+  }
   for (int m = 0; m < kWarpRows; ++m) {
     float sums[kMaxN] = {};
-    for (int k = 0; k < kK; ++k) {
+    for (int k = 0; k < num_k; ++k) {
       const float v = a_values[m][k];
       for (int n = 0; n < op.n; ++n) sums[n] += v * b_values[k][n];
     }
@@ -80,9 +91,9 @@ void multiply(float (*d)[kMaxN], const WgmmaOp& op, int warp_in_group) {
 
 // Operands may be read until the wait: says so of what was computed before.
 void touch(const WgmmaOp& op, int warp_in_group) {
-  for (int piece = 0; piece < kK / 16; ++piece) {
+  for (int piece = 0; piece < kRowBytes / 16; ++piece) {
     for (int n = 0; n < op.n; ++n) operand(op.b, n, piece, "B");
-    for (int m = 0; m < kWarpRows; ++m) operand(op.a, warp_in_group * kWarpRows + m, piece, "A");
+    for (int m = 0; !op.a_registers && m < kWarpRows; ++m) operand(op.a, warp_in_group * kWarpRows + m, piece, "A");
   }
 }
 
@@ -115,7 +126,7 @@ void execute(const LanePayload*) {
         d[fragment_row(lane, i)][fragment_column(lane, i)] = thread(first + lane).accumulators[which].value[i];
     for (size_t i = first_new; i < last; ++i) {
       const WgmmaOp& op = lane0.wgmmas[i];
-      if (op.d == lane0.accumulators[which].d) multiply(d, op, warp_in_group);
+      if (op.d == lane0.accumulators[which].d) multiply(d, first, i, warp_in_group);
     }
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < count; ++i)
@@ -162,7 +173,7 @@ void finish_thread_wgmma(Thread& thread) {
 
 void fence_wgmma() { current->wgmma_fenced = true; }
 
-void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate) {
+void issue_wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b, int accumulate) {
   if (n % 8 || n > kMaxN) fail("wgmma with N = %d is not emulated", n);
   if (!current->wgmma_fenced) fail("wgmma without a wgmma_fence() since its accumulators could last be accessed");
   Thread& t = *current;
@@ -178,7 +189,8 @@ void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate) {
     std::copy_n(d, n / 2, fresh.value);
     for (int i = 0; i < n / 2; ++i) d[i] = __uint_as_float(kInFlight);
   }
-  t.wgmmas.push_back({d, a, b, n, accumulate != 0});
+  WgmmaOp& op = t.wgmmas.emplace_back(WgmmaOp{d, a, b, a_registers, {}, n, accumulate != 0});
+  if (a_registers) std::copy_n(a_registers, 4, op.a_values);
 }
 
 void commit_wgmma() {
@@ -191,6 +203,9 @@ void commit_wgmma() {
 void wait_wgmma(int pending) {
   Thread& t = *current;
   if (t.wgmmas.size() != ended(t, 0)) fail("wgmma_wait() with a wgmma that was not committed");
+  for (const WgmmaOp& op : t.wgmmas)
+    if (op.a_registers && !std::equal(op.a_values, op.a_values + 4, op.a_registers))
+      fail("a register of A was written while its wgmma was in flight");
   const size_t done = t.ending_wgmmas = ended(t, pending);
   meet(Meeting::kWgmma, ~0u, {}, execute);
   const auto in_flight = [&](const Accumulator& accumulator) {

@@ -12,6 +12,7 @@ template <int kTileTokens, int kRingStages>
 struct DeepSeekFormatOf {
   using Scales = TokenScales;
   static constexpr bool kMx = false;
+  static constexpr int kTokenPlanes = 1;
   static constexpr int kStages = kRingStages, kInFlight = 3;
   static constexpr int kMaxTokens = kTileTokens;
   struct Factors {

@@ -19,12 +19,14 @@ struct LoraDelta {
 };
 
 // h[row, c] = e4m3(a / s), s = h_scale[c / 128, row] = the scale of the 128 values a of that row and block. MxFp8: s is
-// of 32 values, and h_scale[c / 128, row] holds the four E8M0 bytes of 128. Gated: a tile has up and gate of columns
-// [128 n, + 128), else columns [256 n, + 256).
+// of 32 values, h_scale[c / 128, row] holds the four E8M0 bytes of 128, and h_values gets e4m3(a / s) * s as bf16
+// (mx_values.cuh); of h with h_scale and h_values one may be null. Gated: a tile has up and gate of columns [128 n,
+// + 128), else columns [256 n, + 256).
 template <bool kIsMx>
 struct ActivationEpilogueOf {
   uint8_t* h;            // [rows, I]
   float* h_scale;        // [I/128, scale_stride]
+  uint16_t* h_values;    // [rows, I]
   int64_t intermediate;  // I
   int64_t scale_stride;
   ActivationChoice activation;

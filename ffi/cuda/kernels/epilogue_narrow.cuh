@@ -2,6 +2,7 @@
 // tile's are computed where they come in groups, and not stored.
 #pragma once
 #include "epilogue.cuh"
+#include "mx_values.cuh"
 #include "staging_narrow.cuh"
 
 namespace jax_moe::cuda {
@@ -146,8 +147,9 @@ struct NarrowActivation {
                                                                      : magnitude_at(wg.staging, 0, 2 * s + w, token)));
         const uint32_t byte = mx_block_scale(amax);
         shared.inverse[wg.index][s][token] = mx_inverse(byte);
-        reinterpret_cast<uint8_t*>(scale_of)[kOrder == Order::kTurns ? 2 * s + wg.index : 2 * wg.index + s] =
-            uint8_t(byte);
+        if (p.h_scale)
+          reinterpret_cast<uint8_t*>(scale_of)[kOrder == Order::kTurns ? 2 * s + wg.index : 2 * wg.index + s] =
+              uint8_t(byte);
       }
     } else {
       float amax = 0.f;
@@ -195,11 +197,23 @@ struct NarrowActivation {
     }
     wg.sync();
     const int piece = wg.thread % 4;
-    uint8_t* to = p.h + wg.row0 * p.intermediate + column + StagedCodes::first_column<kOrder>(wg, piece);
+    const int64_t first = wg.row0 * p.intermediate + column + StagedCodes::first_column<kOrder>(wg, piece);
 #pragma unroll
     for (int i = 0; i < kMaxTokens / 32; ++i) {
       const int token = 32 * i + wg.thread / 4;
-      if (token < wg.tokens) *reinterpret_cast<uint4*>(to + token * p.intermediate) = staged.get<kOrder>(token, piece);
+      if (token < wg.tokens) store<kOrder>(staged, token, piece, first);
+    }
+  }
+
+  // 16 columns of a token, those from first + token * intermediate on.
+  template <Order kOrder>
+  DEVICE void store(const StagedCodes& staged, int token, int piece, int64_t first) const {
+    const uint4 codes = staged.get<kOrder>(token, piece);
+    if (!kMx || p.h) *reinterpret_cast<uint4*>(p.h + first + token * p.intermediate) = codes;
+    if constexpr (kMx) {
+      if (p.h_values)
+        store_mx_values(p.h_values + first + token * p.intermediate, codes,
+                        mx_scale_of(shared.inverse[wg.index][piece / 2][token]));
     }
   }
 };

@@ -7,6 +7,7 @@
 #include "epilogue_narrow.cuh"
 #include "epilogue_wide.cuh"
 #include "grouped_producers_sm90.cuh"
+#include "mx_few_format_sm90.cuh"
 #include "mx_format_sm90.cuh"
 
 namespace jax_moe::cuda {
@@ -17,7 +18,7 @@ inline constexpr int kMathThreads = kMathWarpgroups * 128, kGemmThreads = kMathT
 template <class Format>
 struct GroupedGemmParameters {
   CUtensorMap weights[2];  // boxes of 128 x 128 bytes
-  CUtensorMap h, large_h;  // GEMM2's tokens [T*K, I], boxes of kBoxRows and kLargeBoxRows x 128 bytes
+  CUtensorMap h, large_h;  // GEMM2's tokens, rows of I values, boxes of kBoxRows and kLargeBoxRows x 128 bytes
   GatherA rows;            // GEMM1's tokens; has up and gate rows of weights in the two halves
   typename Format::Scales scales[2];
   GemmShape shape[2];
@@ -32,8 +33,9 @@ struct GemmSharedMemory {
   using Format = SomeFormat;
   static constexpr int kStages = Format::kStages, kInFlight = Format::kInFlight, kMaxTokens = Format::kMaxTokens;
   using Cursor = PipelineCursor<kStages>;
+  using Operands = StageOperands<kMaxTokens, Format::kTokenPlanes>;
   static constexpr int kStagingBytes = kMaxTokens > 32 ? 8192 : 4096;  // of a warpgroup
-  StageOperands<kMaxTokens> operands[kStages];
+  Operands operands[kStages];
   typename Format::Factors factors[kStages];
   alignas(128) uint8_t staging[kMathWarpgroups][kStagingBytes];
   typename ActivationEpilogueOf<Format::kMx>::Shared epilogue;
@@ -160,7 +162,8 @@ DEVICE void run_grouped_gemms(const GroupedGemmParameters<Format>& p) {
       let_next_kernel_start();
       Loader<Shared> loader(shared, p.schedule, p.handover);
       loader.template run<kFirstGemm>(GatheredTokens{}, &p.weights[0], p.shape[0]);
-      loader.template run<kSecondGemm>(TmaTokens{&p.h, &p.large_h}, &p.weights[1], p.shape[1]);
+      loader.template run<kSecondGemm>(TmaTokens<typename Shared::Operands>{&p.h, &p.large_h}, &p.weights[1],
+                                       p.shape[1]);
       loader.give_stored();
     }
     if (const int i = thread - (128 - kFeedThreads); i >= 0) {

@@ -13,24 +13,29 @@ inline constexpr int kBoxRows = 16, kLargeBoxRows = 64;  // of tokens: a tile of
 
 // Where GEMM1's token rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
 struct GatherA {
-  const uint8_t* source;         // e4m3 [T, H]
+  const uint8_t* source;         // e4m3 or bf16 [T, H]
   const int32_t* row_to_source;  // [T*K]
 };
 
 // GEMM2's tokens: large boxes, then small ones, as many as the tile needs. Small ones alone cost full tiles 7 %.
+template <class Operands>
 struct TmaTokens {
   const CUtensorMap *small, *large;
 
   static DEVICE int rows(const Tile& tile) { return (tile.rows() + kBoxRows - 1) / kBoxRows * kBoxRows; }
-  static DEVICE uint32_t bytes(const Tile& tile) { return rows(tile) * kBlockK; }
+  static DEVICE uint32_t bytes(const Tile& tile) { return rows(tile) * kBlockK * Operands::kTokenPlanes; }
   DEVICE void prefetch() const { prefetch_tensor_map(small), prefetch_tensor_map(large); }
   DEVICE void load(uint8_t* tokens, const Tile& tile, int k, uint32_t full) const {
-    const auto box = [&](const CUtensorMap* map, int row) {
-      tma_load_2d(smem_address(tokens) + row * kBlockK, map, k * kBlockK, tile.row0 + row, full);
-    };
-    int row = 0;
-    for (; row + kLargeBoxRows <= rows(tile); row += kLargeBoxRows) box(large, row);
-    for (; row < rows(tile); row += kBoxRows) box(small, row);
+#pragma unroll
+    for (int plane = 0; plane < Operands::kTokenPlanes; ++plane) {
+      const uint32_t to = smem_address(tokens) + plane * Operands::kPlaneBytes;
+      const auto box = [&](const CUtensorMap* map, int row) {
+        tma_load_2d(to + row * kBlockK, map, (k * Operands::kTokenPlanes + plane) * kBlockK, tile.row0 + row, full);
+      };
+      int row = 0;
+      for (; row + kLargeBoxRows <= rows(tile); row += kLargeBoxRows) box(large, row);
+      for (; row < rows(tile); row += kBoxRows) box(small, row);
+    }
   }
 };
 struct GatheredTokens {  // by other threads
@@ -140,7 +145,7 @@ class Feeder {
 #pragma unroll
       for (int i = 0; kGathers && i < kPasses; ++i) {
         hide(source[i]);  // else the loads would be waited for above
-        source[i] = int(uint32_t(source[i]) * uint32_t(shape.k_blocks * 8) + piece);
+        source[i] = int(uint32_t(source[i]) * uint32_t(shape.k_blocks * (8 * kPlanes)) + piece);
       }
       feed.begin(tile_);
       for (int k = 0; k < shape.k_blocks; ++k, at_.advance()) {
@@ -153,14 +158,17 @@ class Feeder {
         shared_.barriers.wait_empty(at_);
         const auto stage = shared_.stage(at_);
         const uint32_t tokens = smem_address(stage.operands.tokens);
-        const uint8_t* from = rows.source + k * kBlockK;
+        const uint8_t* from = rows.source + k * (kBlockK * kPlanes);
         hide(from);  // one addition a piece, not two and a constant
 #pragma unroll
         for (int i = 0; kGathers && i < kPasses; ++i) {
           // Other rows are left as they are: what becomes of a token depends on itself only.
           if (kRowsPerPass * i < rows_left)
-            cp_async_16(tokens + (i % 2 == 0 ? even : odd) + i * kRowsPerPass * kBlockK,
-                        from + uint64_t(uint32_t(source[i])) * 16);
+#pragma unroll
+            for (int plane = 0; plane < kPlanes; ++plane)
+              cp_async_16(
+                  tokens + plane * Operands::kPlaneBytes + (i % 2 == 0 ? even : odd) + i * kRowsPerPass * kBlockK,
+                  from + uint64_t(uint32_t(source[i])) * 16 + plane * kBlockK);
         }
         feed.ask(stage, k);
         cp_async_commit();
@@ -170,6 +178,8 @@ class Feeder {
   }
 
  private:
+  using Operands = typename Shared::Operands;
+  static constexpr int kPlanes = Operands::kTokenPlanes;
   static constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kFeedThreads / 8;
   static constexpr int kPasses = (Shared::kMaxTokens + kRowsPerPass - 1) / kRowsPerPass;
 
@@ -184,7 +194,7 @@ class Feeder {
   // Announces what is in flight, each when it has landed.
   template <class Feed>
   DEVICE void drain(const Feed& feed) {
-    static_assert(kInFlight == 3, "a step for each");
+    static_assert(kInFlight <= 3 && kInFlight < Shared::kStages, "a step for each; readers have one meanwhile");
     if (in_flight_ > 2) cp_async_wait<2>(), announce<true>(feed);
     if (in_flight_ > 1) cp_async_wait<1>(), announce<true>(feed);
     if (in_flight_ > 0) cp_async_wait<0>(), announce<true>(feed);

@@ -1,272 +1,161 @@
-// MxFp8 in the grouped GEMMs: E8M0 scales, 1x32 on tokens, 1x32 or 32x32 on weights. One wgmma a half and 32 of K, then
-// sums += acc * scale of the weight row * scale of the token, all exact but the last addition. Two operations of
-// float32 for each sum and 32 of K take twice the time of the wgmmas: the ALUs decide, not the memory.
+// MxFp8 where experts have many rows: wgmma of bf16 with all scales folded in, so that nothing is left to do for a sum
+// but to add. Tokens come as values (mx_values.cuh), written once by whoever quantised them; weights come in float8,
+// and each warp makes bf16 of its rows in registers. Half the rate of float8 wgmmas, but no operation a sum and 32 of
+// K.
 #pragma once
-#include "mx_scale.cuh"
-#include "token_scales.cuh"
-#include "warpgroup.cuh"
+#include "mx_weight_scales.cuh"
 #include "wgmma_sm90.cuh"
 
 namespace jax_moe::cuda {
 
-// How the scales of weights, [L * rows, K/32] or one for 32 rows, lie in memory.
-enum class MxScaleOrder {
-  kRows,         // as the rows
-  kGrid,         // 32x32, as the rows, which may be shuffled in groups of 32
-  kGridByTurns,  // 32x32, up then gate rows, where up and gate rows of the weights take turns
-  kInterleaved   // of shuffled rows, 128x4: words of row r and block k at [r / 128][k][r % 32][r % 128 / 32]
-};
-struct MxWeightScales {
-  const uint32_t* words;
-  MxScaleOrder order;
-
-  // The word of a row of an expert's weights and the first 128 of K, and how far the next one is. NOTE: 2^32 words are
-  // the scales of 512 GiB of weights.
-  DEVICE uint32_t first(const GemmShape& shape, int expert, int row) const {
-    const uint32_t rows = shape.rows_per_expert, k_blocks = shape.k_blocks, base = uint32_t(expert) * rows, r = row;
-    switch (order) {
-      case MxScaleOrder::kGrid:
-        return (base + r) / 32 * k_blocks;
-      case MxScaleOrder::kGridByTurns:  // of 32 rows 16 are up rows, and those in the first of every two eights
-        return (base / 32 + r / 64 + r / 8 % 2 * (rows / 64)) * k_blocks;
-      case MxScaleOrder::kInterleaved:
-        return (base + r) / 128 * k_blocks * 128 + r % 32 * 4 + r % 128 / 32;
-      default:
-        return (base + r) * k_blocks;
-    }
-  }
-  DEVICE uint32_t step() const { return order == MxScaleOrder::kInterleaved ? 128 : 1; }
-};
-
-struct MxScales {
-  TokenScales tokens;  // words
-  MxWeightScales weights;
-};
-
 // As DeepSeekFormatOf.
-template <int kTileTokens, int kRingStages>
-struct MxFormatOf {
-  using Scales = MxScales;
+struct MxFormat {
+  using Scales = MxWeightScales;
   static constexpr bool kMx = true;
-  static constexpr int kStages = kRingStages, kInFlight = 3;
-  static constexpr int kMaxTokens = kTileTokens;
+  static constexpr int kStages = 3, kInFlight = 2;
+  static constexpr int kMaxTokens = kBlockM, kNarrowTokens = kMaxTokens, kTokenPlanes = 2;
   struct alignas(16) Factors {
     uint32_t weight_words[2 * kHalfRows];  // of four scales
-    float factor[kMxScales][kMaxTokens];   // of a token; made of the words that come to the first
+    uint2 weight_factors[2 * kHalfRows];   // made of them: four factors of fold()
   };
   struct Stage {
-    StageOperands<kMaxTokens>& operands;
+    StageOperands<kMaxTokens, kTokenPlanes>& operands;
     Factors& factors;
   };
 
-  // As DeepSeekFormat's; when words have landed, it makes floats of those of tokens.
+  // As DeepSeekFormat's; when words have landed, it makes factors of them.
   template <int kThreads>
   class Feed {
    public:
-    DEVICE Feed(const MxScales& scales, const GemmShape& shape, int thread)
-        : tokens_(scales.tokens, thread), weights_(scales.weights), shape_(shape), thread_(thread) {}
+    DEVICE Feed(const MxWeightScales& scales, const GemmShape& shape, int thread) : weights_(scales, shape, thread) {}
     template <class Source>
-    DEVICE void look(const Tile& tile, const Source& source) {
-      tokens_.look(tile, source);
-    }
-    DEVICE void begin(const Tile& tile) {
-      tokens_.begin();
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        int row = min(thread_ + i * kThreads, 2 * kHalfRows - 1);
-        hide(row);  // what follows from it is not for the loop over tiles to carry
-        at_[i] = weights_.first(shape_, tile.expert(), b_row(shape_, tile, row / kHalfRows) + row % kHalfRows);
-      }
-    }
-    DEVICE void ask(const Stage& stage, int k) {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int row = thread_ + i * kThreads;
-        if (row < 2 * kHalfRows) cp_async_4(smem_address(&stage.factors.weight_words[row]), weights_.words + at_[i]);
-        at_[i] += weights_.step();
-      }
-      tokens_.for_each(
-          k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.factors.factor[0][token]), from); });
-    }
+    DEVICE void look(const Tile&, const Source&) {}
+    DEVICE void begin(const Tile& tile) { weights_.begin(tile); }
+    DEVICE void ask(const Stage& stage, int) { weights_.ask(stage.factors.weight_words); }
     DEVICE void finish(const Stage& stage) const {
-      tokens_.for_each(0, [&](int token, const float*) {
-        const uint32_t word = __float_as_uint(stage.factors.factor[0][token]);
+      weights_.for_each([&](int row) {
+        const uint32_t word = stage.factors.weight_words[row];
+        uint32_t factor[kMxScales];
 #pragma unroll
-        for (int s = 0; s < kMxScales; ++s) stage.factors.factor[s][token] = mx_scale(word, s);
+        for (int s = 0; s < kMxScales; ++s) factor[s] = (min(word >> 8 * s & 255, kMostNearByte) + 120) << 7;
+        stage.factors.weight_factors[row] = make_uint2(factor[0] | factor[1] << 16, factor[2] | factor[3] << 16);
       });
     }
 
    private:
-    static constexpr int kRows = (2 * kHalfRows + kThreads - 1) / kThreads;
-    TokenScaleReader<kMaxTokens, kThreads> tokens_;
-    const MxWeightScales& weights_;
-    const GemmShape& shape_;
-    int thread_;
-    uint32_t at_[kRows];
+    MxWeightWords<kThreads> weights_;
   };
 
-  static constexpr int kNarrowTokens = kMaxTokens;
-
-  // sums += this warpgroup's 64 rows of each half times kTokens tokens, in steps of 32 of K, a half and up to 64
-  // tokens. Each is multiplied while the one before is added.
+  // sums += this warpgroup's 64 rows of each half times kTokens tokens.
   template <int kTokens, class Release>
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                      const Release& release) {
-    constexpr int kParts = kTokens > kStepTokens ? 2 : 1, kCount = kTokens / kParts;
-    Operands from(stage, wg);
-    if (__builtin_expect(from.far(stage, wg), 0)) {
-      multiply_far<kTokens>(from, sums);
-      release();
-      return;
-    }
-    if constexpr (kTokens <= kFewTokens) {  // all of them, then one after the other is added: little latency a stage
-      float acc[kMxScales * 2][kTokens / 2];
-#pragma unroll
-      for (int i = 0; i < kMxScales * 2; ++i) from.start(acc[i], i / 2, i % 2, 0);
-#pragma unroll
-      for (int i = 0; i < kMxScales * 2; ++i) {
-        wait_for_one_of(kMxScales * 2 - i);
-        promote(acc[i], from.row(i / 2, i % 2), from.factors + i / 2 * kMaxTokens * 4, sums[i % 2]);
-      }
-    } else {
-#pragma unroll 1
-      for (int s = 0; s < kMxScales; ++s, from.advance()) {
-        float acc[2][kCount / 2], token[kCount / 4];
-        from.start(acc[0], 0, 0, 0);
-#pragma unroll
-        for (int step = 0; step < 2 * kParts; ++step) {
-          const int half = step % 2, first = step / 2 * kCount;
-          if (half == 0) {
-#pragma unroll
-            for (int i = 0; i < kCount / 4; i += 2) {
-              const float2 two = load_shared_f32x2(from.factors + (first + 4 * i) * 4);
-              token[i] = two.x, token[i + 1] = two.y;
-            }
-          }
-          if (step + 1 < 2 * kParts) {
-            from.start(acc[1 - half], 0, 1 - half, (step + 1) / 2 * kCount);
-            wgmma_wait<1>();
-          } else {
-            wgmma_wait();
-          }
-          register_fence(acc[half]);
-          const float2 row = from.row(0, half);
-          float* to = &sums[half][first / 2];
-#pragma unroll
-          for (int i = 0; i < kCount / 2; ++i)
-            to[i] = __fmaf_rn(acc[half][i] * (i / 2 % 2 == 0 ? row.x : row.y), token[i / 4 * 2 + i % 2], to[i]);
-        }
-      }
-    }
+    const Rows rows(stage, wg);
+    if (__builtin_expect(rows.far(stage, wg), 0))
+      multiply<kTokens, true>(rows, sums);
+    else
+      multiply<kTokens, false>(rows, sums);
     release();
   }
 
  private:
-  static constexpr int kStepTokens = 64, kFewTokens = 32;
-  // Of 32 products e4m3 each, a sum is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale it is a
-  // float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to the other side.
-  static constexpr float kFarScale = 0x1p104f, kShift = 0x1p40f, kLargest = 0x1p127f;
+  static constexpr uint32_t kMostNearByte = 134;  // of a scale, 2^7: 2^120 times that is the largest factor in bf16
 
-  struct Operands {
-    uint64_t tokens, weights;
-    uint32_t factors;     // of this thread's tokens
-    uint32_t word[2][2];  // of a half and this thread's row v
+  // The weight rows of a warp: 16 of each half.
+  struct Rows {
+    uint64_t tokens;        // beside which they are multiplied
+    uint32_t codes, piece;  // this lane's row of 128 bytes, and where in it its first 16 are
+    uint32_t words;         // of this thread's row
+    uint2 factors[2][2];    // of a half and this thread's rows fragment_row() and + 8
 
-    DEVICE Operands(const Stage& stage, const WarpgroupContext& wg)
+    DEVICE Rows(const Stage& stage, const WarpgroupContext& wg)
         : tokens(wgmma_descriptor(smem_address(stage.operands.tokens))),
-          weights(wgmma_descriptor(smem_address(stage.operands.weights[0]) + wg.index * kWarpgroupRows * kBlockK)),
-          factors(smem_address(&stage.factors.factor[0][2 * wg.quad()])) {
+          codes(smem_address(stage.operands.weights[0]) +
+                (wg.index * kWarpgroupRows + wg.warp() * 16 + wg.lane() % 16) * kBlockK),
+          piece((wg.lane() / 16 ^ wg.lane() % 8) << 4),
+          words(smem_address(&stage.factors.weight_words[wg.index * kWarpgroupRows + wg.fragment_row()])) {
+      const uint2* first = &stage.factors.weight_factors[wg.index * kWarpgroupRows + wg.fragment_row()];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        word[i / 2][i % 2] = load_shared_u32(smem_address(
-            &stage.factors
-                 .weight_words[i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8]));
+        factors[i / 2][i % 2] = load_shared_v2(smem_address(first + i / 2 * kHalfRows + i % 2 * 8));
     }
-    // Whether a scale of the warpgroup's rows is above kFarScale. NOTE: of all, since its warps multiply together.
+    // Whether a scale of the warpgroup's rows is above 2^7. NOTE: of all, since its warps multiply together.
     DEVICE bool far(const Stage& stage, const WarpgroupContext& wg) const {
       const uint4 v = load_shared_v4(smem_address(
           &stage.factors.weight_words[wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + wg.lane() % 16 * 4]));
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+      const uint32_t word[4] = {v.x, v.y, v.z, v.w};
       uint32_t any = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        any |= ((words[i] & 0x7F7F7F7F) + 0x18181818) & words[i];  // the high bit of bytes from 232 on
+        any |= ((word[i] & 0x7F7F7F7F) + (255 - kMostNearByte) * 0x01010101) & word[i];  // the high bit of such bytes
       return __any_sync(~0u, (any & 0x80808080) != 0);
     }
-    // The scales of this thread's two rows of a half.
-    DEVICE float2 row(int s, int half) const {
-      return make_float2(mx_scale(word[half][0], s), mx_scale(word[half][1], s));
+    // Steps `step` (even) and `step` + 1, of 16 of K each, of a half: of each of this thread's rows four neighbours in
+    // either step, in the order of fold().
+    DEVICE void load(uint32_t (&loaded)[4], int step, int half) const {
+      load_matrix_x4(loaded, codes + half * (kHalfRows * kBlockK) + (piece ^ step / 2 << 5));
     }
-    // d = the products of 32 of K, s times 32 further, a half and some tokens from `first` on, once they are there.
-    template <int kCount>
-    DEVICE void start(float (&d)[kCount], int s, int half, int first) const {
-      register_fence(d);
-      wgmma_fence();
-      wgmma_m64k32_e4m3(d, weights + 2 * s + half * (kHalfRows * kBlockK / 16), tokens + 2 * s + first * (kBlockK / 16),
-                        0);
-      wgmma_commit();
-      register_fence(d);
-    }
-    // To the next 32 of K.
-    DEVICE void advance() {
-      tokens += 2, weights += 2, factors += kMaxTokens * 4;
+    // A step of what was loaded as bf16 code * scale: a fragment. A code's bits in the place of bf16's say 2^-120 of
+    // it, subnormals included: a factor of 2^120 * scale, if that is a bf16, makes up for it, exactly.
+    template <bool kFar>
+    DEVICE void fold(uint32_t (&values)[4], const uint32_t (&loaded)[4], int step, int half) const {
+      const int s = step / 2;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) word[i / 2][i % 2] >>= 8;
+      for (int v = 0; v < 2; ++v) {
+        const uint2 of_row = factors[half][v];
+        const uint32_t factor = permute_bytes(s < 2 ? of_row.x : of_row.y, s % 2 == 0 ? 0x1010 : 0x3232);
+        const uint32_t four = loaded[step % 2 * 2 + v];
+        values[v] = multiply_bf16x2(widen(four, 0x9180), factor);
+        values[v + 2] = multiply_bf16x2(widen(four, 0xB3A2), factor);
+        if (kFar) {
+          const uint32_t rest = rest_of_scale(s, half, v);
+          values[v] = multiply_bf16x2(values[v], rest);
+          values[v + 2] = multiply_bf16x2(values[v + 2], rest);
+        }
+        // Of a row with a NaN in either step, one in the place of two values is enough.
+        const bool nan = ((nan_bits(loaded[v]) | nan_bits(loaded[v + 2])) & 0x80808080) != 0;
+        if (step % 2 == 0) values[v] = nan ? 0x7FC07FC0 : values[v];
+      }
+    }
+    // d += a step of a half's rows times the tokens, once it is there.
+    template <int kTokens>
+    DEVICE void start(float* d, const uint32_t (&values)[4], int step) const {
+      wgmma_fence();
+      wgmma_m64k16_bf16<kTokens>(d, values, tokens + step % 4 * 2 + step / 4 * (kMaxTokens * kBlockK / 16));
+      wgmma_commit();
+    }
+
+   private:
+    // Two codes, each with its sign in the eight bits above, moved to bf16's sign, low exponent and high mantissa.
+    static DEVICE uint32_t widen(uint32_t four, uint32_t which) { return permute_bytes(four, which) << 4 & 0x87F087F0; }
+    // The high bit of a byte: that code is NaN.
+    static DEVICE uint32_t nan_bits(uint32_t four) { return (four & 0x7F7F7F7F) + 0x01010101; }
+    // What the factor leaves of a scale: twice 2^0, or more, or NaN.
+    DEVICE uint32_t rest_of_scale(int s, int half, int v) const {
+      const uint32_t byte = load_shared_u32(words + (half * kHalfRows + v * 8) * 4) >> 8 * s & 255;
+      const uint32_t rest = byte == kMxScaleNan ? 0x7FC0 : (max(byte, kMostNearByte) - kMostNearByte + 127) << 7;
+      return rest * 0x00010001;
     }
   };
 
-  // Until the first of `started` groups, at most kMost, has ended.
-  template <int kMost = 2 * kMxScales>
-  static DEVICE void wait_for_one_of(int started) {
-    if constexpr (kMost > 1) {
-      if (started < kMost) return wait_for_one_of<kMost - 1>(started);
+  // Halves take turns. While one step is multiplied, the next becomes bf16, and the codes of the one after are on their
+  // way: what stands between two wgmmas takes the time of the first, which holds its warp as long as it reads
+  // registers.
+  template <int kTokens, bool kFar>
+  static DEVICE void multiply(const Rows& rows, float (&sums)[2][64]) {
+    uint32_t codes[2][4], values[3][4];
+    rows.load(codes[0], 0, 0);
+#pragma unroll
+    for (int i = 0; i < 4 * kMxScales; ++i) {
+      const int step = i / 2, half = i % 2;
+      if (i % 4 == 0) rows.load(codes[1], step, 1);
+      if (i % 4 == 3 && step + 1 < 2 * kMxScales) rows.load(codes[0], step + 1, 0);
+      rows.template fold<kFar>(values[i % 3], codes[half], step, half);
+      wgmma_wait<1>();  // of three fragments two may be in use
+      rows.template start<kTokens>(sums[half], values[i % 3], step);
     }
-    wgmma_wait<kMost - 1>();
-  }
-
-  // sums += acc * scale of the row * scale of the token.
-  template <int kCount>
-  static DEVICE void promote(float (&acc)[kCount], float2 row, uint32_t factors, float* sums) {
-    register_fence(acc);
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const float2 token = load_shared_f32x2(factors + 8 * i);
-      sums[i] = __fmaf_rn(acc[i] * row.x, token.x, sums[i]);
-      sums[i + 1] = __fmaf_rn(acc[i + 1] * row.x, token.y, sums[i + 1]);
-      sums[i + 2] = __fmaf_rn(acc[i + 2] * row.y, token.x, sums[i + 2]);
-      sums[i + 3] = __fmaf_rn(acc[i + 3] * row.y, token.y, sums[i + 3]);
-    }
-  }
-
-  // The same where a row's scale is far.
-  template <int kTokens>
-  static DEVICE void multiply_far(Operands from, float (&sums)[2][64]) {
-    float acc[8];
-#pragma unroll 1
-    for (int s = 0; s < kMxScales; ++s, from.advance()) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 row = from.row(0, half);
-#pragma unroll
-        for (int first = 0; first < kTokens; first += 16) {
-          from.start(acc, 0, half, first);
-          wgmma_wait();
-          register_fence(acc);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float scale = i / 2 % 2 == 0 ? row.x : row.y;
-            const bool shift = scale > kFarScale;
-            float token = load_shared_f32(from.factors + (first + i / 4 * 8 + i % 2) * 4) * (shift ? kShift : 1.f);
-            token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
-            float& sum = sums[half][first / 2 + i];
-            sum = __fmaf_rn(acc[i] * (shift ? scale / kShift : scale), token, sum);
-          }
-        }
-      }
-    }
+    wgmma_wait();
   }
 };
-using MxFormat = MxFormatOf<kBlockM, 4>;
-using MxFewFormat = MxFormatOf<kFewRows, 5>;
 
 }  // namespace jax_moe::cuda

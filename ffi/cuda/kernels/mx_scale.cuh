@@ -25,6 +25,11 @@ DEVICE float mx_inverse(uint32_t byte) {
   return __uint_as_float(byte == kMxScaleNan ? 0x7FC00000 : (254 - byte) << 23);
 }
 
+// The scale that mx_inverse() was made of.
+DEVICE float mx_scale_of(float inverse) {
+  return __uint_as_float(mx_scale_bits((254 - (__float_as_uint(inverse) >> 23)) & 255));
+}
+
 // 8 of 32 bf16 values of a block held by 4 neighbouring lanes -> their e4m3 codes, and the block's scale. By whole
 // warps.
 DEVICE uint2 quantize_bf16_mx(const uint4& values, uint32_t& scale) {

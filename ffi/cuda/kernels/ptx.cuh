@@ -195,6 +195,18 @@ DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) {
       : "=r"(lo), "=r"(hi)
       : "r"(codes));
 }
+// Byte i of the result is the byte that bits 4 i to 4 i + 2 of `which` name, or with bit 4 i + 3 its sign, eight times.
+DEVICE uint32_t permute_bytes(uint32_t bytes, uint32_t which) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(bytes), "r"(which));
+  return r;
+}
+// Two products, rounded to nearest even, subnormals included.
+DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 // 1 / x but for the last bit.
 DEVICE float approximate_reciprocal(float x) {
   float r;

@@ -26,14 +26,17 @@ struct RouteParameters {
   int32_t* drawn_tiles;                   // set to 0
   MBlock* m_blocks;
   uint16_t* expert_weights;  // bf16 [num_expanded], or null; packed only
-  // By the last CTAs of route_scatter: of either, what has a source.
+  // By the last CTAs of route_scatter: of these, what has a source.
   QuantizeTokens tokens;
   PackScales scales;
+  FoldTokens fold;
 
   DEVICE void prepare_tokens() const {
     const int cta = int(blockIdx.x) - num_chunks - 1, ctas = int(gridDim.x) - num_chunks - 1;
     if (scales.from != nullptr)
       scales.run(cta, ctas);
+    else if (fold.codes != nullptr)
+      fold.run(cta, ctas);
     else
       tokens.run(cta, ctas);
   }

@@ -8,10 +8,12 @@ namespace jax_moe::cuda {
 
 inline constexpr int kBlockK = 128;  // bytes of K a stage: one swizzle row and one scale group
 
-// What wgmma reads of a stage. NOTE: apart from what else belongs to it, or alignment would cost a KiB a stage.
-template <int kMaxTokens>
+// What wgmma reads of a stage; tokens of more than a byte a value in as many planes of 128 bytes a token. NOTE: apart
+// from what else belongs to it, or alignment would cost a KiB a stage.
+template <int kMaxTokens, int kPlanes = 1>
 struct alignas(1024) StageOperands {
-  uint8_t tokens[kMaxTokens * kBlockK];
+  static constexpr int kTokenPlanes = kPlanes, kPlaneBytes = kMaxTokens * kBlockK;
+  uint8_t tokens[kPlanes * kPlaneBytes];
   uint8_t weights[2][kHalfRows * kBlockK];
 };
 

@@ -1,6 +1,7 @@
 // wgmma with fp8 operands from shared memory: D[64][kN] (+)= A[64][32] B[kN][32]^T, one overload a shape: d has kN / 2
-// accumulators. Thread t of the warpgroup holds D rows 16 (t / 32) + t % 32 / 4 (+ 8) and columns 8 j + 2 (t % 4) (+
-// 1): d[4 j + 0, 1] the first row, d[4 j + 2, 3] the second. Until wgmma_wait() the accumulators must not be touched.
+// accumulators. With bf16: D += A[64][16] B[kN][16]^T, A from registers as mma_m16n8k16_f16 has it, of each warp's 16
+// rows. Thread t of the warpgroup holds D rows 16 (t / 32) + t % 32 / 4 (+ 8) and columns 8 j + 2 (t % 4) (+ 1): d[4 j
+// + 0, 1] the first row, d[4 j + 2, 3] the second. Until wgmma_wait() the accumulators must not be touched.
 #pragma once
 #include "ptx.cuh"
 
@@ -58,6 +59,23 @@ WGMMA(48, 24, 24, 25, 26)
 WGMMA(64, 32, 32, 33, 34)
 WGMMA(128, 64, 64, 65, 66)
 #undef WGMMA
+template <int kN>
+DEVICE void wgmma_m64k16_bf16(float* d, const uint32_t* a, uint64_t b);
+// Operands as above, four registers of A first.
+#define WGMMA_BF16(kN, kCount, A0, A1, A2, A3, B) \
+  template <> \
+  DEVICE void wgmma_m64k16_bf16<kN>(float* d, const uint32_t* a, uint64_t b) { \
+    asm volatile( \
+        "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.bf16.bf16 {" NAMES_##kCount "}, {" NAMES4(A0, A1, A2, A3) "}, %" #B \
+        ", 1, 1, 1, 0;\n" \
+        : ACC_##kCount : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  }
+WGMMA_BF16(16, 8, 8, 9, 10, 11, 12)
+WGMMA_BF16(32, 16, 16, 17, 18, 19, 20)
+WGMMA_BF16(64, 32, 32, 33, 34, 35, 36)
+WGMMA_BF16(96, 48, 48, 49, 50, 51, 52)
+WGMMA_BF16(128, 64, 64, 65, 66, 67, 68)
+#undef WGMMA_BF16
 // clang-format on
 
 }  // namespace jax_moe::cuda

@@ -33,6 +33,8 @@ void store_transposed(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_
 void load_matrix(uint32_t (&r)[4], uint32_t smem);
 void multiply_f16(float (&d)[4], const LanePayload& operands);
 void decode_e4m3x4(uint32_t codes, uint32_t& lo, uint32_t& hi);
+uint32_t permute_bytes(uint32_t bytes, uint32_t which);
+uint32_t multiply_bf16x2(uint32_t a, uint32_t b);
 // counters.cc
 void decrement_counter(int32_t* counter);
 int read_counter(const int32_t* counter);
@@ -42,7 +44,7 @@ void wait_for_earlier_kernels();
 void start_next_kernel();
 // wgmma.cc
 void fence_wgmma();
-void issue_wgmma(float* d, int n, uint64_t a, uint64_t b, int accumulate);
+void issue_wgmma(float* d, int n, uint64_t a, const uint32_t* a_registers, uint64_t b, int accumulate);
 void commit_wgmma();
 void wait_wgmma(int pending);
 void set_registers(int registers);
@@ -115,6 +117,8 @@ DEVICE void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a
   emulation::multiply_f16(d, {{a0, a1, a2, a3, b0, b1}});
 }
 DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) { emulation::decode_e4m3x4(codes, lo, hi); }
+DEVICE uint32_t permute_bytes(uint32_t bytes, uint32_t which) { return emulation::permute_bytes(bytes, which); }
+DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) { return emulation::multiply_bf16x2(a, b); }
 DEVICE float approximate_reciprocal(float x) { return 1.f / x; }
 
 DEVICE void wait_for_previous_kernel() { emulation::wait_for_earlier_kernels(); }
@@ -151,7 +155,11 @@ DEVICE void register_fence(float (&)[kCount]) {}
 template <int kCount>
 DEVICE void wgmma_m64k32_e4m3(float (&d)[kCount], uint64_t a, uint64_t b, int accumulate) {
   static_assert(kCount % 4 == 0 && kCount <= 64);
-  emulation::issue_wgmma(d, 2 * kCount, a, b, accumulate);
+  emulation::issue_wgmma(d, 2 * kCount, a, nullptr, b, accumulate);
+}
+template <int kN>
+DEVICE void wgmma_m64k16_bf16(float* d, const uint32_t* a, uint64_t b) {
+  emulation::issue_wgmma(d, kN, 0, a, b, 1);
 }
 
 }  // namespace jax_moe::cuda
