@@ -28,8 +28,9 @@ constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6,
 constexpr int64_t kMostExpectedSlots = 48;
 constexpr double kMostExpectedBytes = 430e6;
 // Rows of an expert to expect, up to which blocks of kFewRows hold most experts' whole: their small stages make room
-// for more of them in the ring, and memory is read 1 to 3 % faster.
-constexpr int64_t kFewExpectedRows = 20;
+// for more of them in the ring, and memory is read 1 to 3 % faster. MxFp8: up to which products of float8 and a factor
+// a sum cost less than to make bf16 of the weights.
+constexpr int64_t kFewExpectedRows = 20, kMxFewExpectedRows = 28;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 constexpr int kMostTokenElements = 16 * 1024;
 // NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
@@ -124,7 +125,8 @@ Config Select(const Problem& p, int num_sms) {
   c.quantize_ctas = int(std::clamp<int64_t>(CeilDiv(p.num_tokens * p.hidden_size / kScaleBlock, 64), 1, 2 * num_sms));
 
   // NOTE: both kernels of DeepSeekFp8 sum in the same order, those of MxFp8 do not.
-  const bool few = p.expanded_rows() <= kFewExpectedRows * p.num_experts && !(p.mx() && p.batch_invariant);
+  const int64_t few_rows = p.mx() ? kMxFewExpectedRows : kFewExpectedRows;
+  const bool few = p.expanded_rows() <= few_rows * p.num_experts && !(p.mx() && p.batch_invariant);
   c.tokens_are_values = p.mx() && !few && !c.decode.used;
   c.block_rows = few ? kFewRows : kBlockM;
   c.most_tail_rows = few || p.mx() ? 0 : kMostTailRows;
