@@ -65,7 +65,7 @@ struct MxFewFormat {
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                      const Release& release) {
     Operands from(stage, wg);
-    if (__builtin_expect(from.far(stage, wg), 0)) {
+    if (__builtin_expect(any_mx_scale_above<kMostNearByte>(stage.factors.weight_words, wg), 0)) {
       multiply_far<kTokens>(from, sums);
     } else {
       float acc[kMxScales * 2][kTokens / 2];
@@ -83,6 +83,7 @@ struct MxFewFormat {
  private:
   // Of 32 products e4m3 each, a sum is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale it is a
   // float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to the other side.
+  static constexpr uint32_t kMostNearByte = 231;  // kFarScale's
   static constexpr float kFarScale = 0x1p104f, kShift = 0x1p40f, kLargest = 0x1p127f;
 
   struct Operands {
@@ -99,17 +100,6 @@ struct MxFewFormat {
         word[i / 2][i % 2] = load_shared_u32(smem_address(
             &stage.factors
                  .weight_words[i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8]));
-    }
-    // Whether a scale of the warpgroup's rows is above kFarScale. NOTE: of all, since its warps multiply together.
-    DEVICE bool far(const Stage& stage, const WarpgroupContext& wg) const {
-      const uint4 v = load_shared_v4(smem_address(
-          &stage.factors.weight_words[wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + wg.lane() % 16 * 4]));
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-      uint32_t any = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        any |= ((words[i] & 0x7F7F7F7F) + 0x18181818) & words[i];  // the high bit of bytes from 232 on
-      return __any_sync(~0u, (any & 0x80808080) != 0);
     }
     // The scales of this thread's two rows of a half.
     DEVICE float2 row(int s, int half) const {

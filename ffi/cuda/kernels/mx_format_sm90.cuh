@@ -51,7 +51,7 @@ struct MxFormat {
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                      const Release& release) {
     const Rows rows(stage, wg);
-    if (__builtin_expect(rows.far(stage, wg), 0))
+    if (__builtin_expect(any_mx_scale_above<kMostNearByte>(stage.factors.weight_words, wg), 0))
       multiply<kTokens, true>(rows, sums);
     else
       multiply<kTokens, false>(rows, sums);
@@ -78,17 +78,6 @@ struct MxFormat {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         factors[i / 2][i % 2] = load_shared_v2(smem_address(first + i / 2 * kHalfRows + i % 2 * 8));
-    }
-    // Whether a scale of the warpgroup's rows is above 2^7. NOTE: of all, since its warps multiply together.
-    DEVICE bool far(const Stage& stage, const WarpgroupContext& wg) const {
-      const uint4 v = load_shared_v4(smem_address(
-          &stage.factors.weight_words[wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + wg.lane() % 16 * 4]));
-      const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-      uint32_t any = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        any |= ((word[i] & 0x7F7F7F7F) + (255 - kMostNearByte) * 0x01010101) & word[i];  // the high bit of such bytes
-      return __any_sync(~0u, (any & 0x80808080) != 0);
     }
     // Steps `step` (even) and `step` + 1, of 16 of K each, of a half: of each of this thread's rows four neighbours in
     // either step, in the order of fold().
@@ -130,7 +119,7 @@ struct MxFormat {
     static DEVICE uint32_t widen(uint32_t four, uint32_t which) { return permute_bytes(four, which) << 4 & 0x87F087F0; }
     // The high bit of a byte: that code is NaN.
     static DEVICE uint32_t nan_bits(uint32_t four) { return (four & 0x7F7F7F7F) + 0x01010101; }
-    // What the factor leaves of a scale: twice 2^0, or more, or NaN.
+    // What the factor leaves of a scale, 1 or more or NaN, as a pair.
     DEVICE uint32_t rest_of_scale(int s, int half, int v) const {
       const uint32_t byte = load_shared_u32(words + (half * kHalfRows + v * 8) * 4) >> 8 * s & 255;
       const uint32_t rest = byte == kMxScaleNan ? 0x7FC0 : (max(byte, kMostNearByte) - kMostNearByte + 127) << 7;

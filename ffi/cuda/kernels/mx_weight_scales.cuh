@@ -76,4 +76,18 @@ class MxWeightWords {
   uint32_t at_[kRows];
 };
 
+// Whether a scale of a warpgroup's rows, of either half, is above a byte. NOTE: of all, since its warps multiply
+// together.
+template <uint32_t kByte>
+DEVICE bool any_mx_scale_above(const uint32_t* words, const WarpgroupContext& wg) {
+  static_assert(kByte >= 128, "found by the high bit and the others");
+  const uint4 v =
+      load_shared_v4(smem_address(&words[wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + wg.lane() % 16 * 4]));
+  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+  uint32_t any = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) any |= ((word[i] & 0x7F7F7F7F) + (255 - kByte) * 0x01010101) & word[i];
+  return __any_sync(~0u, (any & 0x80808080) != 0);
+}
+
 }  // namespace jax_moe::cuda
