@@ -23,6 +23,7 @@ INVARIANT = {
     "bf16": dataclasses.replace(MIXED, x_dtype="bfloat16", topk_weights="float32"),
     "blocked_relu2": dataclasses.replace(MIXED, **cases.BLOCKED, **cases.OPTIONS["relu2"]),
     "tiles_of_many_rows": dataclasses.replace(MIXED, tokens=150, routing="one_expert", hidden=128, inter=128),
+    "mx": dataclasses.replace(MIXED, tokens=90, **cases.MX),  # as many take the kernel of many rows anyway
 }
 
 

@@ -27,6 +27,7 @@ FORMS = {
     "bf16": dataclasses.replace(WIDE, x_dtype="bfloat16", topk_weights="float32"),
     "blocked_relu2": dataclasses.replace(WIDE, **cases.BLOCKED, **cases.OPTIONS["relu2"]),
     "one_expert": dataclasses.replace(WIDE, top_k=1, routing="one_expert"),
+    "mx": dataclasses.replace(WIDE, **cases.MX),
 }
 OVERLAPPING = "t1 t7 bf16_t7 t257 bf16_t53 routing_mixed_window e300 blocks_t700 lora_unfinalized".split()
 Arguments = dict[str, Any]
