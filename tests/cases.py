@@ -283,7 +283,7 @@ def _mx_cases() -> list[Case]:
         cases.append(Case(f"mx_pair_{name}", **MX | common | changes))
     for name in MX_EXTREMES:
         option = MX_OPTIONS["mx_bf16" if name.endswith("_bf16") else "mx_lora"] | {"extreme": name}
-        sizes = {"": 33} if name in BEYOND_BF16 else {"": 33, "_many": 77}  # rows an expert, that is
+        sizes = {"": 33} if name in BEYOND_BF16 else {"": 33, "_many": 77}  # rows an expert
         cases += [Case(f"extreme_{name}{many}", tokens, 256, 256, 8, 3, **option) for many, tokens in sizes.items()]
     return cases
 

@@ -181,8 +181,9 @@ Status Gemms(const Call& c, int stages, Slab slab) {
   const auto launch = [&](auto format, auto kernel) {
     return GroupedGemms<decltype(format)>(c, c.config.gemm_kernel, kernel, stages, slab);
   };
+  if (c.config.tokens_are_values) return launch(MxFormat(), grouped_gemm_mx_sm90);
+  if (c.p.mx()) return launch(MxFewFormat(), grouped_gemm_mx_few_sm90);
   const bool few = c.config.block_rows == kFewRows;
-  if (c.p.mx()) return few ? launch(MxFewFormat(), grouped_gemm_mx_few_sm90) : launch(MxFormat(), grouped_gemm_mx_sm90);
   return few ? launch(DeepSeekFewFormat(), grouped_gemm_few_sm90) : launch(DeepSeekFormat(), grouped_gemm_sm90);
 }
 

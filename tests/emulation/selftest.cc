@@ -1,6 +1,7 @@
 // Kernels that do one thing right or wrong on purpose; tests/test_emulation.py asserts what the emulated machine says
 // of each. selftest_multiply.cc has those of copies and wgmma, selftest_decode.cc of matrices of a warp,
-// selftest_overlap.cc of kernels that overlap.
+// selftest_overlap.cc of kernels that overlap, selftest_counters.cc of counters in memory, selftest_registers.cc of
+// wgmma with A in registers.
 #include "selftest.h"
 
 #include <algorithm>

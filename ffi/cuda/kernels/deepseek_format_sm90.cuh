@@ -19,10 +19,7 @@ struct DeepSeekFormatOf {
     float token_scale[kMaxTokens];
     float weight_scale[2];  // of a half
   };
-  struct Stage {
-    StageOperands<kMaxTokens>& operands;
-    Factors& factors;
-  };
+  using Stage = StageOf<StageOperands<kMaxTokens>, Factors>;
 
   // What one of kThreads producer threads does for the scales of a stage: asks for them by cp.async, and when they have
   // landed, nothing.

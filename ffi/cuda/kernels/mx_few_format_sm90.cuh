@@ -22,10 +22,7 @@ struct MxFewFormat {
     uint32_t weight_words[2 * kHalfRows];  // of four scales
     float factor[kMxScales][kMaxTokens];   // of a token; made of the words that come to the first
   };
-  struct Stage {
-    StageOperands<kMaxTokens, kTokenPlanes>& operands;
-    Factors& factors;
-  };
+  using Stage = StageOf<StageOperands<kMaxTokens, kTokenPlanes>, Factors>;
 
   // As DeepSeekFormat's; when words have landed, it makes floats of those of tokens.
   template <int kThreads>

@@ -18,10 +18,7 @@ struct MxFormat {
     uint32_t weight_words[2 * kHalfRows];  // of four scales
     uint2 weight_factors[2 * kHalfRows];   // made of them: four factors of fold()
   };
-  struct Stage {
-    StageOperands<kMaxTokens, kTokenPlanes>& operands;
-    Factors& factors;
-  };
+  using Stage = StageOf<StageOperands<kMaxTokens, kTokenPlanes>, Factors>;
 
   // As DeepSeekFormat's; when words have landed, it makes factors of them.
   template <int kThreads>

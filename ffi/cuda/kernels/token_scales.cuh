@@ -17,6 +17,13 @@ struct alignas(1024) StageOperands {
   uint8_t weights[2][kHalfRows * kBlockK];
 };
 
+// A stage of the ring: that, and what a Format has of scales.
+template <class Operands, class Factors>
+struct StageOf {
+  Operands& operands;
+  Factors& factors;
+};
+
 // The scales of tokens: element (block, row) at block * block_stride + row * row_stride. MxFp8: words of four.
 struct TokenScales {
   const float* scale;
