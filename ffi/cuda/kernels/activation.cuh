@@ -8,7 +8,10 @@ namespace jax_moe::cuda {
 
 // NOTE: tanh.approx would save one special-function operation of two, but its error (2^-11) moves as many e4m3 codes
 // across a rounding boundary as the whole GEMM does.
-DEVICE float silu(float x, float alpha = 1.f) { return __fdividef(x, 1.f + __expf(-alpha * x)); }
+DEVICE float silu(float x, float alpha = 1.f) {
+  constexpr float kLog2E = 1.44269504f;
+  return x * reciprocal_approximate(1.f + exp2_approximate(-alpha * x * kLog2E));
+}
 
 struct Swiglu {
   static constexpr bool kGated = true;

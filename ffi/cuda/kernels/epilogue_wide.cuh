@@ -17,15 +17,35 @@ DEVICE float4 fragment(const float (&sums)[64], int group, int r) {
                                  : make_float4(low[0], low[1], high[0], high[1]);
 }
 
-// Copies this warp's staged 16 x 128 bytes to rows of `stride` bytes at `destination` (16-byte aligned).
-DEVICE void store_rows(const WarpgroupContext& wg, uint8_t* destination, int64_t stride) {
+// This warp's 16 staged rows of 128 bytes on their way to memory, rows of `stride` bytes. In two steps, so that other
+// rows can be staged while the loads of the first are on their way.
+class StagedRows {
+ public:
+  // `destination` is 16-byte aligned, of row 0 of the warpgroup's.
+  DEVICE StagedRows(const WarpgroupContext& wg, uint8_t* destination, int64_t stride)
+      : row_(wg.warp() * 16 + wg.lane() / 8), tokens_(wg.tokens), staged_(wg.staging), piece_(wg.lane() % 8) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = wg.warp() * 16 + i * 4 + wg.lane() / 8, piece = wg.lane() % 8;
-    const uint4 v = load_shared_v4(WarpgroupContext::swizzled(wg.staging, row, piece));
-    if (row < wg.tokens) *reinterpret_cast<uint4*>(destination + row * stride + piece * 16) = v;
+    for (int i = 0; i < 4; ++i) to_[i] = destination + (row_ + 4 * i) * stride + piece_ * 16;
   }
-}
+  DEVICE void load() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows_[i] = load_shared_v4(WarpgroupContext::swizzled(staged_, row_ + 4 * i, piece_));
+  }
+  // To `offset` bytes behind the destination, each piece as change(piece).
+  template <class Change>
+  DEVICE void store(int offset, const Change& change) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (row_ + 4 * i < tokens_) store_global_v4(to_[i] + offset, change(rows_[i]));
+  }
+
+ private:
+  int row_, tokens_;
+  uint32_t staged_;
+  int piece_;
+  uint8_t* to_[4];
+  uint4 rows_[4];
+};
 
 // GEMM1.
 struct WideActivation {
@@ -109,23 +129,29 @@ struct WideActivation {
     }
     __syncwarp();  // what was staged before has been read
 #pragma unroll
-    for (int group = 0; group < 8; ++group) {
+    for (int pair = 0; pair < 4; ++pair) {
+      uint32_t codes[4];  // of two groups' two tokens: in units of two neighbours, with kPlain first and third, or fours
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float4 v = fragment<kOrder>(a, group, r);
-        const uint16_t low = to_e4m3x2(v.x * inverse[r], v.y * inverse[r]);
-        const uint16_t high = to_e4m3x2(v.z * inverse[r], v.w * inverse[r]);
-        const uint32_t at = WarpgroupContext::swizzled(wg.staging, wg.fragment_row() + 8 * r, group);
-        if constexpr (kOrder == Order::kFours) {
-          store_shared_u32(at + 4 * wg.quad(), low | uint32_t(high) << 16);
-        } else {
-          store_shared_u16(at + 2 * wg.quad(), low);
-          store_shared_u16(at + 2 * wg.quad() + 8, high);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int r = i % 2;
+        const float4 v = fragment<kOrder>(a, 2 * pair + i / 2, r);
+        codes[i] = to_e4m3x2(v.x * inverse[r], v.y * inverse[r]) |
+                   uint32_t(to_e4m3x2(v.z * inverse[r], v.w * inverse[r])) << 16;
       }
+      const int matrix = wg.lane() / 8, row = wg.warp() * 16 + matrix % 2 * 8 + wg.lane() % 8;
+      store_matrix_x4(WarpgroupContext::swizzled(wg.staging, row, 2 * pair + matrix / 2), codes[0], codes[1], codes[2],
+                      codes[3]);
     }
     __syncwarp();
-    store_rows(wg, p.h + wg.row0 * p.intermediate + column, p.intermediate);
+    StagedRows rows(wg, p.h + wg.row0 * p.intermediate + column, p.intermediate);
+    rows.load();
+    rows.store(0, [](const uint4& v) {
+      if constexpr (kOrder == Order::kFours)
+        return v;
+      else  // units of two codes: first those of the first 8 columns
+        return make_uint4(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x5410), __byte_perm(v.x, v.y, 0x7632),
+                          __byte_perm(v.z, v.w, 0x7632));
+    });
   }
 };
 
@@ -135,21 +161,28 @@ struct WideBf16 {
   const WarpgroupContext& wg;
 
   DEVICE void run(const float (&sums)[2][64], const Tile& tile) const {
+    const int64_t first = int64_t(tile.column) * 256;
+    const bool second = first + 128 < p.columns;  // half of the last tile is outside when H is an odd multiple of 128
+    StagedRows rows(wg, reinterpret_cast<uint8_t*>(p.y2 + wg.row0 * p.stride + first), p.stride * 2);
 #pragma unroll
     for (int chunk = 0; chunk < 4; ++chunk) {  // 64 columns = 128 bytes a row
-      const int64_t first = int64_t(tile.column) * 256 + chunk * 64;
-      if (first >= p.columns) return;  // the second half of the last tile when H is an odd multiple of 128
-      __syncwarp();                    // what was staged before has been read
+      if (chunk == 2 && !second) break;
+      __syncwarp();  // what was staged before has been read
       if (p.shuffled)
         stage_fours(sums[chunk / 2], chunk % 2 * 4);
       else
         stage(&sums[chunk / 2][chunk % 2 * 32]);
+      if (chunk > 0) store(rows, chunk - 1);  // had been on their way meanwhile
       __syncwarp();
-      store_rows(wg, reinterpret_cast<uint8_t*>(p.y2 + wg.row0 * p.stride + first), p.stride * 2);
+      rows.load();
     }
+    store(rows, second ? 3 : 1);
   }
 
  private:
+  static DEVICE void store(const StagedRows& rows, int chunk) {
+    rows.store(chunk * 128, [](const uint4& v) { return v; });
+  }
   DEVICE void stage(const float* s) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -30,8 +30,8 @@ DEVICE void store_mx_values(uint16_t* to, bool second, uint2 codes, float scale)
 DEVICE void store_mx_values(uint16_t* to, uint4 codes, float scale) {
   const uint2 a = mx_values(codes.x, scale), b = mx_values(codes.y, scale);
   const uint2 c = mx_values(codes.z, scale), d = mx_values(codes.w, scale);
-  reinterpret_cast<uint4*>(to)[0] = make_uint4(a.x, b.x, c.x, d.x);
-  reinterpret_cast<uint4*>(to)[1] = make_uint4(a.y, b.y, c.y, d.y);
+  store_global_v4(to, make_uint4(a.x, b.x, c.x, d.x));
+  store_global_v4(to + 8, make_uint4(a.y, b.y, c.y, d.y));
 }
 
 }  // namespace jax_moe::cuda

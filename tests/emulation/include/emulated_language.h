@@ -170,7 +170,6 @@ inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 using std::fabs;
 using std::isnan;
-inline float __expf(float x) { return std::exp(x); }
 inline float normcdff(float x) { return 0.5f * std::erfc(-x * 0.70710678f); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
@@ -178,11 +177,6 @@ inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __frcp_rn(float x) { return 1.f / x; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
-// As the hardware: 0 (or NaN) instead of a denormal quotient when 2^126 < |y| < 2^128.
-inline float __fdividef(float x, float y) {
-  const float magnitude = std::fabs(y);
-  return magnitude > 0x1p126f && std::isfinite(y) ? x * 0.f : x / y;
-}
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   unsigned result = 0;

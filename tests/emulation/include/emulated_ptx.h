@@ -72,6 +72,7 @@ DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int
 DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
   emulation::queue_bulk_load(smem, global, bytes, barrier);
 }
+DEVICE void store_global_v4(void* global, const uint4& v) { *static_cast<uint4*>(global) = v; }
 DEVICE void cp_async_16(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 16); }
 DEVICE void cp_async_8(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 8); }
 DEVICE void cp_async_4(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 4); }
@@ -88,6 +89,10 @@ DEVICE void decrement_relaxed(int32_t* counter) { emulation::decrement_counter(c
 DEVICE int load_relaxed(const int32_t* counter) { return emulation::read_counter(counter); }
 DEVICE void fence_memory() {}
 DEVICE void back_off() { emulation::wait_for_a_counter(); }
+
+inline float without_subnormals(float x) { return std::fabs(x) < 0x1p-126f ? 0.f : x; }
+DEVICE float exp2_approximate(float x) { return without_subnormals(std::exp2(without_subnormals(x))); }
+DEVICE float reciprocal_approximate(float x) { return without_subnormals(1.f / without_subnormals(x)); }
 
 template <class T>
 DEVICE T load_shared(uint32_t smem) {
