@@ -129,15 +129,17 @@ def forward(
     device: int | None = None,
     stream: int = 0,
     stages: int = ALL_STAGES,
+    extension: ModuleType | None = None,
 ) -> None:
     """Runs a call on the arrays at `pointers`, of `sizes` bytes: problem.INPUTS then OUTPUTS, 0 and 0 where absent.
 
     device None is the CPU, and returns when the outputs are written; a number is a CUDA device, and returns when the
     work is on `stream` (a cudaStream_t of that device). Raises ValueError for sizes or alignment that do not fit the
     problem, NotImplementedError for what this build or device cannot do, RuntimeError for a failed launch.
+    `extension`: another build's module that runs it instead, for comparisons; of the same ABI.
     """
     where = ON_CPU if device is None else device
-    load().forward_stages(handle(problem), pointers, sizes, where, stream, stages)
+    (extension or load()).forward_stages(handle(problem), pointers, sizes, where, stream, stages)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -61,11 +62,17 @@ class Cpu:
     def empty(self, nbytes: int) -> NDArray:
         return np.empty(nbytes, np.uint8)
 
-    def native_call(self, problem: Problem, buffers: Sequence[NDArray | None], stages: int) -> Callable[[], None]:
+    def native_call(
+        self,
+        problem: Problem,
+        buffers: Sequence[NDArray | None],
+        stages: int,
+        extension: ModuleType | None = None,
+    ) -> Callable[[], None]:
         def call() -> None:
             pointers = [0 if array is None else array.ctypes.data for array in buffers]
             sizes = [0 if array is None else array.nbytes for array in buffers]
-            native.forward(problem, pointers, sizes, stages=stages)
+            native.forward(problem, pointers, sizes, stages=stages, extension=extension)
 
         return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -79,12 +80,19 @@ class Cuda:
     def empty(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def native_call(self, problem: Problem, buffers: Sequence[torch.Tensor | None], stages: int) -> Callable[[], None]:
+    def native_call(
+        self,
+        problem: Problem,
+        buffers: Sequence[torch.Tensor | None],
+        stages: int,
+        extension: ModuleType | None = None,
+    ) -> Callable[[], None]:
         def call() -> None:
             pointers = [0 if tensor is None else tensor.data_ptr() for tensor in buffers]
             sizes = [0 if tensor is None else tensor.nbytes for tensor in buffers]
             stream = torch.cuda.current_stream(self._device).cuda_stream
-            native.forward(problem, pointers, sizes, device=self._index, stream=stream, stages=stages)
+            where = {"device": self._index, "stream": stream}
+            native.forward(problem, pointers, sizes, **where, stages=stages, extension=extension)
 
         return call
 

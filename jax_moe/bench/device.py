@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 from ..problem import Problem
@@ -34,8 +35,12 @@ class Device(Protocol):
 
     def empty(self, nbytes: int) -> Any: ...
 
-    def native_call(self, problem: Problem, buffers: Sequence[Any], stages: int) -> Callable[[], None]:
-        """Runs `stages` on the buffers of INPUTS then OUTPUTS (None where absent), which live as long as the call."""
+    def native_call(
+        self, problem: Problem, buffers: Sequence[Any], stages: int, extension: ModuleType | None = None
+    ) -> Callable[[], None]:
+        """Runs `stages` on the buffers of INPUTS then OUTPUTS (None where absent), which live as long as the call.
+        `extension`: by another build's module.
+        """
         ...
 
     def stages(self, problem: Problem) -> int:

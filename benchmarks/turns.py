@@ -1,0 +1,123 @@
+"""Builds of the library beside each other, in turns in one process: what a change costs or saves.
+
+python benchmarks/turns.py OLD.whl NEW.whl --cells qwen3_30b:64,qwen3_30b:4096
+
+Each build's extension, from a wheel or as a shared library, runs whole calls of each cell on the same arrays. They take
+turns, so that clocks and heat are the same for all: on a GPU differences of half a percent show, where runs apart
+differ by five. `*` after a ratio: not the same bits as the first build's. The front ends are the installed package's,
+so that all builds must have its ABI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.util
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jax_moe import info, native
+from jax_moe.bench.device import Device
+from jax_moe.bench.machine import device_name, open_device
+from jax_moe.bench.paths import Data, routed_tokens, whole_layer
+from jax_moe.bench.timing import medians_by_turns
+from jax_moe.bench.workload import Cell, draw_routings, parse_shape
+from jax_moe.problem import INPUTS, OUTPUTS
+
+CELLS = "qwen3_30b:16,qwen3_30b:64,qwen3_30b:1024,qwen3_30b:4096,dsv3_e32:64,dsv3_e32:1024"
+SETS, REPEATS, PAUSE = 4, 20, 0.15
+EXTENSION = "jax_moe._native"
+
+
+def load_build(path: Path, folder: Path) -> ModuleType:
+    """The extension of a wheel or shared library; `folder` keeps what is unpacked. Raises ValueError without one, and
+    ImportError where its ABI is another than the installed package's.
+    """
+    library = path
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            names = [name for name in wheel.namelist() if name.startswith("jax_moe/_native.")]
+            if not names:
+                raise ValueError(f"turns: {path} must be a wheel with jax_moe/_native, got one without: build it again")
+            library = Path(wheel.extract(names[0], folder))
+    loader = importlib.machinery.ExtensionFileLoader(EXTENSION, str(library))
+    spec = importlib.util.spec_from_loader(EXTENSION, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    native.check_abi(module.abi_text())
+    return module
+
+
+def compare(device: Device, cell: Cell, weights: dict, builds: Sequence[ModuleType], rounds: int) -> list[str]:
+    """For each build, microseconds a call and the ratio to the first build's."""
+    problem = cell.problem()
+    tokens = routed_tokens(device, cell, draw_routings(cell, SETS, 0), 0)
+    output_bytes, workspace_bytes = 2 * cell.tokens * cell.shape.hidden_size, native.workspace_bytes(problem)
+    buffers = [
+        {**arrays, "output": device.empty(output_bytes), "workspace": device.empty(workspace_bytes)}
+        for arrays in Data([weights], tokens).sets()
+    ]
+    programs, outputs = [], []
+    for build in builds:
+        calls = [
+            device.native_call(problem, [one.get(name) for name in (*INPUTS, *OUTPUTS)], native.ALL_STAGES, build)
+            for one in buffers
+        ]
+        for call in calls:
+            call()
+        device.synchronize()
+        outputs.append([bytes_of(one["output"]) for one in buffers])
+        programs.append(device.program(calls))
+    seconds = medians_by_turns(programs, rounds, REPEATS, PAUSE)
+    return [
+        f"{1e6 * second:.1f} ({second / seconds[0]:.3f}){'' if same_bits(output, outputs[0]) else ' *'}"
+        for second, output in zip(seconds, outputs, strict=True)
+    ]
+
+
+def bytes_of(array: object) -> np.ndarray:
+    return np.array(array if isinstance(array, np.ndarray) else array.cpu().numpy())  # type: ignore[attr-defined]
+
+
+def same_bits(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Builds of the library beside each other, in turns in one process.")
+    parser.add_argument("builds", nargs="+", type=Path, help="wheels or shared libraries; the first is compared with")
+    parser.add_argument("--cells", default=CELLS, help="shape:tokens, ...; shapes as in jax-moe bench")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+    options = parser.parse_args(arguments)
+    device = open_device(options.device)
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        builds = [load_build(path, Path(folder) / str(i)) for i, path in enumerate(options.builds)]
+        name_of_device = device_name(info.gather(), device.kind)
+        table = Table(
+            "cell", *map(str, options.builds), title=f"Microseconds a call (ratio), {name_of_device}", box=None
+        )
+        name, weights = "", {}
+        for text in options.cells.split(","):
+            shape, tokens = text.rsplit(":", 1)
+            if shape != name:
+                weights = {}  # given back before the next are made
+                device.release()
+                name, weights = shape, whole_layer(device, parse_shape(shape), 0)
+            row = compare(device, Cell(parse_shape(shape), int(tokens), True), weights, builds, options.rounds)
+            console.print(text, *row)  # at once: a table of many cells takes minutes
+            table.add_row(text, *row)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

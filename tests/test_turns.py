@@ -1,0 +1,59 @@
+"""benchmarks/turns.py: builds beside each other in one process, here the installed one beside a copy of itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from jax_moe import native
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "turns.py"
+
+
+@pytest.fixture(scope="module")
+def turns() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("turns", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def library() -> Path:
+    file = native.load().__file__
+    assert file is not None
+    return Path(file)
+
+
+@pytest.mark.filterwarnings("ignore:nanobind")  # the same types twice
+def test_a_copy_of_a_build_gives_the_same_bits(
+    turns: ModuleType, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / library.name
+    shutil.copy(library, copy)
+    wheel = tmp_path / "jax_moe-0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(library, f"jax_moe/{library.name}")
+    turns.main([str(copy), str(wheel), "--cells", "256x128x4x2:5", "--device", "cpu", "--rounds", "1"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("256x128x4x2:5"))
+    assert row.count("(") == 2 and "(1.000)" in row and "*" not in row
+
+
+def test_other_bits_are_seen(turns: ModuleType) -> None:
+    assert turns.same_bits([np.arange(3)], [np.arange(3)])
+    assert not turns.same_bits([np.arange(3), np.arange(3)], [np.arange(3), np.array([0, 1, 3])])
+
+
+def test_a_wheel_without_the_extension_is_refused(turns: ModuleType, tmp_path: Path) -> None:
+    wheel = tmp_path / "other.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("jax_moe/__init__.py", "")
+    with pytest.raises(ValueError, match=r"turns: .*other.whl must be a wheel with jax_moe/_native"):
+        turns.load_build(wheel, tmp_path)
