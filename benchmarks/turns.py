@@ -2,10 +2,9 @@
 
 python benchmarks/turns.py OLD.whl NEW.whl --cells qwen3_30b:64,qwen3_30b:4096
 
-Each build's extension, from a wheel or as a shared library, runs whole calls of each cell on the same arrays. They take
-turns, so that clocks and heat are the same for all: on a GPU differences of half a percent show, where runs apart
-differ by five. `*` after a ratio: not the same bits as the first build's. The front ends are the installed package's,
-so that all builds must have its ABI.
+Whole calls of each build, a wheel or a shared library of the installed package's ABI, on the same arrays, by turns:
+clocks and heat are the same for all, and on a GPU half a percent shows, where runs apart differ by five. `*`: other
+bits than those of the first build.
 """
 
 from __future__ import annotations

@@ -130,8 +130,7 @@ struct WideActivation {
     __syncwarp();  // what was staged before has been read
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      uint32_t
-          codes[4];  // of two groups' two tokens: in units of two neighbours, with kPlain first and third, or fours
+      uint32_t codes[4];  // of two groups and two tokens; with kPlain two neighbours' and two from 8 columns on
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = i % 2;
