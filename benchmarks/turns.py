@@ -25,14 +25,12 @@ from rich.table import Table
 from jax_moe import info, native
 from jax_moe.bench.device import Device
 from jax_moe.bench.machine import device_name, open_device
-from jax_moe.bench.paths import Data, routed_tokens, whole_layer
+from jax_moe.bench.paths import Data, native_buffers, native_calls, routed_tokens, whole_layer
 from jax_moe.bench.timing import medians_by_turns
 from jax_moe.bench.workload import Cell, draw_routings, parse_shape
-from jax_moe.problem import INPUTS, OUTPUTS
 
 CELLS = "qwen3_30b:16,qwen3_30b:64,qwen3_30b:1024,qwen3_30b:4096,dsv3_e32:64,dsv3_e32:1024"
 SETS, REPEATS, PAUSE = 4, 20, 0.15
-EXTENSION = "jax_moe._native"
 
 
 def load_build(path: Path, folder: Path) -> ModuleType:
@@ -46,8 +44,9 @@ def load_build(path: Path, folder: Path) -> ModuleType:
             if not names:
                 raise ValueError(f"turns: {path} must be a wheel with jax_moe/_native, got one without: build it again")
             library = Path(wheel.extract(names[0], folder))
-    loader = importlib.machinery.ExtensionFileLoader(EXTENSION, str(library))
-    spec = importlib.util.spec_from_loader(EXTENSION, loader)
+    name = native.load().__name__  # each by the name that its initialisation has
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
@@ -57,19 +56,11 @@ def load_build(path: Path, folder: Path) -> ModuleType:
 
 def compare(device: Device, cell: Cell, weights: dict, builds: Sequence[ModuleType], rounds: int) -> list[str]:
     """For each build, microseconds a call and the ratio to the first build's."""
-    problem = cell.problem()
     tokens = routed_tokens(device, cell, draw_routings(cell, SETS, 0), 0)
-    output_bytes, workspace_bytes = 2 * cell.tokens * cell.shape.hidden_size, native.workspace_bytes(problem)
-    buffers = [
-        {**arrays, "output": device.empty(output_bytes), "workspace": device.empty(workspace_bytes)}
-        for arrays in Data([weights], tokens).sets()
-    ]
+    buffers = native_buffers(device, cell, Data([weights], tokens))
     programs, outputs = [], []
     for build in builds:
-        calls = [
-            device.native_call(problem, [one.get(name) for name in (*INPUTS, *OUTPUTS)], native.ALL_STAGES, build)
-            for one in buffers
-        ]
+        calls = native_calls(device, cell, buffers, native.ALL_STAGES, build)
         for call in calls:
             call()
         device.synchronize()

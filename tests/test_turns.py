@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import zipfile
 from pathlib import Path
@@ -10,19 +9,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import scripts
 
 from jax_moe import native
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "turns.py"
 
 
 @pytest.fixture(scope="module")
 def turns() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("turns", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(scripts.ROOT / "benchmarks" / "turns.py")
 
 
 @pytest.fixture

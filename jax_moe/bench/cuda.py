@@ -91,8 +91,9 @@ class Cuda:
             pointers = [0 if tensor is None else tensor.data_ptr() for tensor in buffers]
             sizes = [0 if tensor is None else tensor.nbytes for tensor in buffers]
             stream = torch.cuda.current_stream(self._device).cuda_stream
-            where = {"device": self._index, "stream": stream}
-            native.forward(problem, pointers, sizes, **where, stages=stages, extension=extension)
+            native.forward(
+                problem, pointers, sizes, device=self._index, stream=stream, stages=stages, extension=extension
+            )
 
         return call
 

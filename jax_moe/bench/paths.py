@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -63,24 +64,36 @@ def routed_tokens(device: Device, cell: Cell, routings: Sequence[Routing], seed:
     ]
 
 
-def stage_programs(device: Device, cell: Cell, data: Data) -> dict[str, Program]:
-    """Each stage that does something, alone, on the state that a whole call on the same set left in its workspace."""
-    problem = cell.problem()
-    done = device.stages(problem)
-    output_bytes, workspace_bytes = 2 * cell.tokens * cell.shape.hidden_size, native.workspace_bytes(problem)
-    buffers = [
+def native_buffers(device: Device, cell: Cell, data: Data) -> list[Set]:
+    """The arrays of each set with those that a native call writes."""
+    output_bytes, workspace_bytes = 2 * cell.tokens * cell.shape.hidden_size, native.workspace_bytes(cell.problem())
+    return [
         {**arrays, "output": device.empty(output_bytes), "workspace": device.empty(workspace_bytes)}
         for arrays in data.sets()
     ]
 
-    def calls(stages: int) -> list[Call]:
-        order = (*INPUTS, *OUTPUTS)
-        return [device.native_call(problem, [one.get(name) for name in order], stages) for one in buffers]
 
-    for call in calls(native.ALL_STAGES):
+def native_calls(
+    device: Device, cell: Cell, buffers: Sequence[Set], stages: int, extension: ModuleType | None = None
+) -> list[Call]:
+    """One native call for each of native_buffers()."""
+    problem = cell.problem()
+    order = (*INPUTS, *OUTPUTS)
+    return [device.native_call(problem, [one.get(name) for name in order], stages, extension) for one in buffers]
+
+
+def stage_programs(device: Device, cell: Cell, data: Data) -> dict[str, Program]:
+    """Each stage that does something, alone, on the state that a whole call on the same set left in its workspace."""
+    done = device.stages(cell.problem())
+    buffers = native_buffers(device, cell, data)
+    for call in native_calls(device, cell, buffers, native.ALL_STAGES):
         call()
     device.synchronize()
-    return {name: device.program(calls(stage)) for name, stage in STAGES.items() if stage & done}
+    return {
+        name: device.program(native_calls(device, cell, buffers, stage))
+        for name, stage in STAGES.items()
+        if stage & done
+    }
 
 
 def torch_calls(cell: Cell, data: Data) -> list[Call]:

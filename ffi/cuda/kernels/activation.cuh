@@ -10,7 +10,7 @@ namespace jax_moe::cuda {
 // across a rounding boundary as the whole GEMM does.
 DEVICE float silu(float x, float alpha = 1.f) {
   constexpr float kLog2E = 1.44269504f;
-  return x * reciprocal_approximate(1.f + exp2_approximate(-alpha * x * kLog2E));
+  return x * approximate_reciprocal(1.f + approximate_exp2(-alpha * x * kLog2E));
 }
 
 struct Swiglu {

@@ -120,16 +120,17 @@ DEVICE void back_off() { __nanosleep(32); }
 
 // ---- arithmetic
 // --------------------------------------------------------------------------------------------------------
-// Subnormal arguments and results are 0. Relative errors of about 2^-22 and 2^-23.
-DEVICE float exp2_approximate(float x) {
-  float v;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));
-  return v;
+// Subnormal arguments and results are 0.
+DEVICE float approximate_exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
 }
-DEVICE float reciprocal_approximate(float x) {
-  float v;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));
-  return v;
+// 1 / x but for the last bit.
+DEVICE float approximate_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
 }
 
 // ---- shared memory
@@ -224,12 +225,6 @@ DEVICE uint32_t permute_bytes(uint32_t bytes, uint32_t which) {
 DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   uint32_t r;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-// 1 / x but for the last bit.
-DEVICE float approximate_reciprocal(float x) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 

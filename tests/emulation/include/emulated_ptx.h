@@ -91,8 +91,8 @@ DEVICE void fence_memory() {}
 DEVICE void back_off() { emulation::wait_for_a_counter(); }
 
 inline float without_subnormals(float x) { return std::fabs(x) < 0x1p-126f ? 0.f : x; }
-DEVICE float exp2_approximate(float x) { return without_subnormals(std::exp2(without_subnormals(x))); }
-DEVICE float reciprocal_approximate(float x) { return without_subnormals(1.f / without_subnormals(x)); }
+DEVICE float approximate_exp2(float x) { return without_subnormals(std::exp2(without_subnormals(x))); }
+DEVICE float approximate_reciprocal(float x) { return without_subnormals(1.f / without_subnormals(x)); }
 
 template <class T>
 DEVICE T load_shared(uint32_t smem) {
@@ -124,7 +124,6 @@ DEVICE void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a
 DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) { emulation::decode_e4m3x4(codes, lo, hi); }
 DEVICE uint32_t permute_bytes(uint32_t bytes, uint32_t which) { return emulation::permute_bytes(bytes, which); }
 DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) { return emulation::multiply_bf16x2(a, b); }
-DEVICE float approximate_reciprocal(float x) { return 1.f / x; }
 
 DEVICE void wait_for_previous_kernel() { emulation::wait_for_earlier_kernels(); }
 DEVICE void let_next_kernel_start() { emulation::start_next_kernel(); }
