@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <set>
 
 #include "../workspace.h"
@@ -96,12 +97,14 @@ Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale
                      : EncodeBytes(map, weights.data, experts * rows, k, kHalfRows);
 }
 
-// The scales of such weights with MxFp8; by_turns: their up and gate rows take turns, which a grid's do not.
-MxWeightScales DescribeScales(const Call& c, const Buffer& scale, bool by_turns) {
+// The scales of such weights with MxFp8; by_turns: their up and gate rows take turns, which a grid's do not. k_blocks:
+// of each of their tiles, or'ed with those of tiles that a launch has before them.
+MxWeightScales DescribeScales(const Call& c, const Buffer& scale, bool by_turns, int k_blocks, int most_words) {
   const bool shuffled = c.p.use_shuffled_weight != 0;
   const MxScaleOrder rows = shuffled ? MxScaleOrder::kInterleaved : MxScaleOrder::kRows;
   const MxScaleOrder grid = by_turns ? MxScaleOrder::kGridByTurns : MxScaleOrder::kGrid;
-  return {static_cast<const uint32_t*>(scale.data), c.p.weights_scale_rows == 1 ? rows : grid};
+  return {static_cast<const uint32_t*>(scale.data), c.p.weights_scale_rows == 1 ? rows : grid,
+          std::gcd(k_blocks, most_words)};
 }
 
 // Tokens' scales: the caller's, or those that the route's CTAs have made.
@@ -118,13 +121,14 @@ TokenScales DescribeTokenScales(const Call& c) {
 
 // What one GEMM is told of its tokens' and its weights' scales.
 template <class Format>
-typename Format::Scales ScalesOf(const Call& c, const TokenScales& tokens, const Buffer& weights, bool by_turns) {
+typename Format::Scales ScalesOf(const Call& c, const TokenScales& tokens, const Buffer& weights, bool by_turns,
+                                 int k_blocks) {
   if constexpr (!Format::kMx)
     return tokens;
   else if constexpr (Format::kTokenPlanes > 1)
-    return DescribeScales(c, weights, by_turns);
+    return DescribeScales(c, weights, by_turns, k_blocks, Format::kMostWords);
   else
-    return {tokens, DescribeScales(c, weights, by_turns)};
+    return {tokens, DescribeScales(c, weights, by_turns, k_blocks, Format::kMostWords)};
 }
 
 // GEMM1, GEMM2 of a slab, or both, in one launch.
@@ -153,8 +157,9 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
   second.column_step = kSlabStep;
   second.half_step = 128;
   second.first_row = int(slab.first);
-  g.scales[0] = ScalesOf<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, by_turns);
-  g.scales[1] = ScalesOf<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, false);
+  g.scales[0] = ScalesOf<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, by_turns, first.k_blocks);
+  g.scales[1] = ScalesOf<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, false,
+                                 first.k_blocks | second.k_blocks);
   const void* codes = c.p.hidden_states_are_bf16() ? w.x : c.buffers.hidden_states.data;
   g.rows = {static_cast<const uint8_t*>(values ? w.x_values : codes), w.permuted_idx_to_token};
   g.schedule = {w.m_blocks, w.num_m_blocks, w.drawn_tiles, {}};

@@ -37,6 +37,7 @@ struct GemmSharedMemory {
   static constexpr int kStagingBytes = kMaxTokens > 32 ? 8192 : 4096;  // of a warpgroup
   Operands operands[kStages];
   typename Format::Factors factors[kStages];
+  typename Format::Landing landing;
   alignas(128) uint8_t staging[kMathWarpgroups][kStagingBytes];
   typename ActivationEpilogueOf<Format::kMx>::Shared epilogue;
   PipelineBarriers<kStages> barriers;
@@ -169,8 +170,8 @@ DEVICE void run_grouped_gemms(const GroupedGemmParameters<Format>& p) {
     if (const int i = thread - (128 - kFeedThreads); i >= 0) {
       using Feed = typename Format::template Feed<kFeedThreads>;
       Feeder<Shared> feeder(shared, p.handover, i);
-      feeder.template run<kFirstGemm>(p.rows, p.shape[0], Feed(p.scales[0], p.shape[0], i));
-      feeder.template run<kSecondGemm>(p.rows, p.shape[1], Feed(p.scales[1], p.shape[1], i));
+      feeder.template run<kFirstGemm>(p.rows, p.shape[0], Feed(p.scales[0], p.shape[0], shared.landing, i));
+      feeder.template run<kSecondGemm>(p.rows, p.shape[1], Feed(p.scales[1], p.shape[1], shared.landing, i));
     }
   } else {
     raise_registers<224>();

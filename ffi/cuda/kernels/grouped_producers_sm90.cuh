@@ -170,7 +170,7 @@ class Feeder {
                   tokens + plane * Operands::kPlaneBytes + (i % 2 == 0 ? even : odd) + i * kRowsPerPass * kBlockK,
                   from + uint64_t(uint32_t(source[i])) * 16 + plane * kBlockK);
         }
-        feed.ask(stage, k);
+        feed.ask(stage, k, at_.number());
         cp_async_commit();
       }
     }
@@ -185,7 +185,7 @@ class Feeder {
 
   template <bool kGathers, class Feed>
   DEVICE void announce(const Feed& feed) {
-    feed.finish(shared_.stage(landed_));
+    feed.finish(shared_.stage(landed_), landed_.number());
     // NOTE: cp.async writes through the generic proxy; without the fence wgmma may read what was there before.
     if (kGathers) fence_proxy_async();
     mbarrier_arrive(shared_.barriers.full_address(landed_.stage()));

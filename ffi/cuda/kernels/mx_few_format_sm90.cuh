@@ -23,13 +23,15 @@ struct MxFewFormat {
     float factor[kMxScales][kMaxTokens];   // of a token; made of the words that come to the first
   };
   using Stage = StageOf<StageOperands<kMaxTokens, kTokenPlanes>, Factors>;
+  static constexpr int kMostWords = 4;
+  using Landing = MxLanding<kMostWords>;
 
   // As DeepSeekFormat's; when words have landed, it makes floats of those of tokens.
   template <int kThreads>
   class Feed {
    public:
-    DEVICE Feed(const MxScales& scales, const GemmShape& shape, int thread)
-        : tokens_(scales.tokens, thread), weights_(scales.weights, shape, thread) {}
+    DEVICE Feed(const MxScales& scales, const GemmShape& shape, Landing& landing, int thread)
+        : tokens_(scales.tokens, thread), weights_(scales.weights, shape, landing, thread) {}
     template <class Source>
     DEVICE void look(const Tile& tile, const Source& source) {
       tokens_.look(tile, source);
@@ -38,12 +40,13 @@ struct MxFewFormat {
       tokens_.begin();
       weights_.begin(tile);
     }
-    DEVICE void ask(const Stage& stage, int k) {
-      weights_.ask(stage.factors.weight_words);
+    DEVICE void ask(const Stage& stage, int k, uint32_t block) {
+      weights_.ask(block);
       tokens_.for_each(
           k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.factors.factor[0][token]), from); });
     }
-    DEVICE void finish(const Stage& stage) const {
+    DEVICE void finish(const Stage& stage, uint32_t block) const {
+      weights_.for_each(block, [&](int row, uint32_t word) { stage.factors.weight_words[row] = word; });
       tokens_.for_each(0, [&](int token, const float*) {
         const uint32_t word = __float_as_uint(stage.factors.factor[0][token]);
 #pragma unroll
@@ -53,7 +56,7 @@ struct MxFewFormat {
 
    private:
     TokenScaleReader<kMaxTokens, kThreads> tokens_;
-    MxWeightWords<kThreads> weights_;
+    MxWeightWords<kThreads, kMostWords> weights_;
   };
 
   // sums += this warpgroup's 64 rows of each half times kTokens tokens: all wgmmas of a stage, then one after the other

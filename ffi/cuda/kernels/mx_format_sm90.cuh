@@ -19,19 +19,22 @@ struct MxFormat {
     uint2 weight_factors[2 * kHalfRows];   // made of them: four factors of fold()
   };
   using Stage = StageOf<StageOperands<kMaxTokens, kTokenPlanes>, Factors>;
+  static constexpr int kMostWords = 2;  // there is no room for more
+  using Landing = MxLanding<kMostWords>;
 
   // As DeepSeekFormat's; when words have landed, it makes factors of them.
   template <int kThreads>
   class Feed {
    public:
-    DEVICE Feed(const MxWeightScales& scales, const GemmShape& shape, int thread) : weights_(scales, shape, thread) {}
+    DEVICE Feed(const MxWeightScales& scales, const GemmShape& shape, Landing& landing, int thread)
+        : weights_(scales, shape, landing, thread) {}
     template <class Source>
     DEVICE void look(const Tile&, const Source&) {}
     DEVICE void begin(const Tile& tile) { weights_.begin(tile); }
-    DEVICE void ask(const Stage& stage, int) { weights_.ask(stage.factors.weight_words); }
-    DEVICE void finish(const Stage& stage) const {
-      weights_.for_each([&](int row) {
-        const uint32_t word = stage.factors.weight_words[row];
+    DEVICE void ask(const Stage&, int, uint32_t block) { weights_.ask(block); }
+    DEVICE void finish(const Stage& stage, uint32_t block) const {
+      weights_.for_each(block, [&](int row, uint32_t word) {
+        stage.factors.weight_words[row] = word;
         uint32_t factor[kMxScales];
 #pragma unroll
         for (int s = 0; s < kMxScales; ++s) factor[s] = (min(word >> 8 * s & 255, kMostNearByte) + 120) << 7;
@@ -40,7 +43,7 @@ struct MxFormat {
     }
 
    private:
-    MxWeightWords<kThreads> weights_;
+    MxWeightWords<kThreads, kMostWords> weights_;
   };
 
   // sums += this warpgroup's 64 rows of each half times kTokens tokens.

@@ -13,6 +13,7 @@ class PipelineCursor {
   DEVICE int stage() const { return int(number_ % kStages); }
   DEVICE uint32_t parity() const { return number_ / kStages % 2; }  // of the phase that this lap of the ring completes
   DEVICE void advance() { ++number_; }
+  DEVICE uint32_t number() const { return number_; }
 
  private:
   uint32_t number_ = 0;
