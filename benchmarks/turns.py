@@ -4,7 +4,7 @@ python benchmarks/turns.py OLD.whl NEW.whl --cells qwen3_30b:64,qwen3_30b:4096
 
 Whole calls of each build, a wheel or a shared library of the installed package's ABI, on the same arrays, by turns:
 clocks and heat are the same for all, and on a GPU half a percent shows, where runs apart differ by five. `*`: other
-bits than those of the first build.
+bits than those of the first build. --weights: a layout of jax_moe/bench/layouts.py, by torch, on a GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_moe import info, native
-from jax_moe.bench.device import Device
+from jax_moe.bench.device import Device, Set
 from jax_moe.bench.machine import device_name, open_device
 from jax_moe.bench.paths import Data, native_buffers, native_calls, routed_tokens, whole_layer
 from jax_moe.bench.timing import medians_by_turns
 from jax_moe.bench.workload import Cell, draw_routings, parse_shape
+from jax_moe.options import Options
+from jax_moe.problem import Array, Problem
 
 CELLS = "qwen3_30b:16,qwen3_30b:64,qwen3_30b:1024,qwen3_30b:4096,dsv3_e32:64,dsv3_e32:1024"
 SETS, REPEATS, PAUSE = 4, 20, 0.15
@@ -54,13 +56,16 @@ def load_build(path: Path, folder: Path) -> ModuleType:
     return module
 
 
-def compare(device: Device, cell: Cell, weights: dict, builds: Sequence[ModuleType], rounds: int) -> list[str]:
+def compare(
+    device: Device, cell: Cell, weights: Set, options: Options, builds: Sequence[ModuleType], rounds: int
+) -> list[str]:
     """For each build, microseconds a call and the ratio to the first build's."""
     tokens = routed_tokens(device, cell, draw_routings(cell, SETS, 0), 0)
-    buffers = native_buffers(device, cell, Data([weights], tokens))
+    problem = problem_of(cell, {**weights, **tokens[0]}, options)
+    buffers = native_buffers(device, problem, Data([weights], tokens))
     programs, outputs = [], []
     for build in builds:
-        calls = native_calls(device, cell, buffers, native.ALL_STAGES, build)
+        calls = native_calls(device, problem, buffers, native.ALL_STAGES, build)
         for call in calls:
             call()
         device.synchronize()
@@ -71,6 +76,22 @@ def compare(device: Device, cell: Cell, weights: dict, builds: Sequence[ModuleTy
         f"{1e6 * second:.1f} ({second / seconds[0]:.3f}){'' if same_bits(output, outputs[0]) else ' *'}"
         for second, output in zip(seconds, outputs, strict=True)
     ]
+
+
+def problem_of(cell: Cell, arrays: Set, options: Options) -> Problem:
+    described = {n: Array(tuple(a.shape), str(a.dtype).removeprefix("torch.")) for n, a in arrays.items()}
+    s = cell.shape
+    return Problem.create(
+        "turns", described, options, num_experts=s.num_experts, local_expert_offset=s.local_expert_offset
+    )
+
+
+def laid_out(weights: Set, layout: str) -> tuple[Set, Options]:
+    """The weights in a layout other than the plain one, and the options of a call."""
+    from jax_moe.bench.layouts import weight_layouts  # needs torch
+
+    made, changes = weight_layouts(weights, [layout])[layout]
+    return made, Options(**changes)
 
 
 def bytes_of(array: object) -> np.ndarray:
@@ -85,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Builds of the library beside each other, in turns in one process.")
     parser.add_argument("builds", nargs="+", type=Path, help="wheels or shared libraries; the first is compared with")
     parser.add_argument("--cells", default=CELLS, help="shape:tokens, ...; shapes as in jax-moe bench")
+    parser.add_argument("--weights", default="plain", help="their layout or format")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     options = parser.parse_args(arguments)
@@ -96,15 +118,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table = Table(
             "cell", *map(str, options.builds), title=f"Microseconds a call (ratio), {name_of_device}", box=None
         )
-        name, weights = "", {}
+        name, weights, layout = "", Set(), Options()
         for text in options.cells.split(","):
             shape, tokens = text.rsplit(":", 1)
             if shape != name:
-                weights = {}  # given back before the next are made
+                weights = Set()  # given back before the next are made
                 device.release()
                 name, weights = shape, whole_layer(device, parse_shape(shape), 0)
-            row = compare(device, Cell(parse_shape(shape), int(tokens), True), weights, builds, options.rounds)
-            console.print(text, *row)  # at once: a table of many cells takes minutes
+                if options.weights != "plain":
+                    weights, layout = laid_out(weights, options.weights)
+            cell = Cell(parse_shape(shape), int(tokens), True)
+            row = compare(device, cell, weights, layout, builds, options.rounds)
+            console.print(text, *row, soft_wrap=True)  # at once: a table of many cells takes minutes
             table.add_row(text, *row)
         console.print(table)
 

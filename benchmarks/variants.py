@@ -23,57 +23,14 @@ from rich.table import Table
 import torch_facade as facade
 from jax_moe.bench.command import write_whole
 from jax_moe.bench.device import Set
+from jax_moe.bench.layouts import PLAIN, weight_layouts
 from jax_moe.bench.machine import open_device
 from jax_moe.bench.paths import whole_layer
 from jax_moe.bench.timing import CudaGraph, medians_by_turns
 from jax_moe.bench.workload import Cell, Routing, draw_routings, number_of_sets, parse_shape
-from jax_moe.problem import SCALE_BLOCK
 
 CELLS = "qwen3_30b:1,qwen3_30b:16,qwen3_30b:64,qwen3_30b:4096,dsv3_e32:1,dsv3_e32:16,dsv3_e32:64,dsv3_e32:4096"
 ROUNDS, REPEATS, PAUSE = 5, 4, 0.03
-PLAIN = "plain"
-WEIGHTS = ("gemm1_weights", "gemm1_weights_scale", "gemm2_weights", "gemm2_weights_scale")
-MX = facade.Fp8QuantizationType.MxFp8
-BLOCKED = facade.WeightLayout.BlockMajorK
-
-
-def shuffled(weights: Set) -> Set:
-    return {n: facade.shuffle_matrix_a(w, 64) if "scale" not in n else w for n, w in weights.items()}
-
-
-def blocked(weights: Set) -> Set:
-    return {n: facade.convert_to_block_layout(w, SCALE_BLOCK) if "scale" not in n else w for n, w in weights.items()}
-
-
-def mx_weights(weights: Set) -> Set:
-    """The values of DeepSeekFp8 weights in the MxFp8 format, expert by expert."""
-    made: Set = {}
-    for name in ("gemm1_weights", "gemm2_weights"):
-        parts = []
-        for codes, scale in zip(weights[name], weights[f"{name}_scale"], strict=True):
-            factors = scale.repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)
-            parts.append(facade.mxfp8_quantize(codes.float() * factors, False))
-        made[name] = torch.stack([codes.view(torch.uint8) for codes, _ in parts]).view(torch.float8_e4m3fn)
-        made[f"{name}_scale"] = torch.stack([scale for _, scale in parts])
-    return made
-
-
-def mx_shuffled(weights: Set) -> Set:
-    made: Set = {}
-    for name, w in weights.items():
-        order = facade.reorder_rows_for_gated_act_gemm(w) if name.startswith("gemm1") else w
-        made[name] = (facade.shuffle_matrix_sf_a if "scale" in name else facade.shuffle_matrix_a)(order, 128)
-    return made
-
-
-def mx_grid(weights: Set) -> Set:
-    """One scale for 32x32: the timing does not ask whether it is a good one."""
-    return {n: w[:, ::32].contiguous() if "scale" in n else w for n, w in weights.items()}
-
-
-def prepared(weights: Set) -> Set:
-    folded = facade.prepare_mxfp8_weights(*(weights[name] for name in WEIGHTS), max_exponent_spread=254)
-    return {name: getattr(folded, name) for name in WEIGHTS}
 
 
 def logits_of(routing: Routing, num_experts: int) -> torch.Tensor:
@@ -133,21 +90,6 @@ class Variants:
             bias = torch.zeros(self._cell.shape.num_experts, device=self._ids[i].device)
             arguments |= {"routing_bias": bias, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
         return lambda: facade.trtllm_fp8_block_scale_moe(**arguments)
-
-
-def weight_layouts(weights: Set) -> dict[str, tuple[Set, dict[str, Any]]]:
-    mx = mx_weights(weights)
-    by_layout = shuffled(weights)
-    return {
-        PLAIN: (weights, {}),
-        "shuffled": (by_layout, {"use_shuffled_weight": True}),
-        "BlockMajorK": (blocked(weights), {"weight_layout": BLOCKED}),
-        "shuffled BlockMajorK": (blocked(by_layout), {"use_shuffled_weight": True, "weight_layout": BLOCKED}),
-        "MxFp8 1x32": (mx, {"fp8_quantization_type": MX}),
-        "MxFp8 32x32": (mx_grid(mx), {"fp8_quantization_type": MX}),
-        "MxFp8 shuffled": (mx_shuffled(mx), {"fp8_quantization_type": MX, "use_shuffled_weight": True}),
-        "MxFp8 prepared": (prepared(mx), {}),
-    }
 
 
 def show(results: Sequence[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import native
-from ..problem import INPUTS, OUTPUTS
+from ..problem import INPUTS, OUTPUTS, Problem
 from ..shapes import LayerShape
 from .device import Device, Set
 from .timing import Dispatches, Program, WallClock
@@ -64,9 +64,9 @@ def routed_tokens(device: Device, cell: Cell, routings: Sequence[Routing], seed:
     ]
 
 
-def native_buffers(device: Device, cell: Cell, data: Data) -> list[Set]:
+def native_buffers(device: Device, problem: Problem, data: Data) -> list[Set]:
     """The arrays of each set with those that a native call writes."""
-    output_bytes, workspace_bytes = 2 * cell.tokens * cell.shape.hidden_size, native.workspace_bytes(cell.problem())
+    output_bytes, workspace_bytes = 2 * problem.num_tokens * problem.hidden_size, native.workspace_bytes(problem)
     return [
         {**arrays, "output": device.empty(output_bytes), "workspace": device.empty(workspace_bytes)}
         for arrays in data.sets()
@@ -74,23 +74,23 @@ def native_buffers(device: Device, cell: Cell, data: Data) -> list[Set]:
 
 
 def native_calls(
-    device: Device, cell: Cell, buffers: Sequence[Set], stages: int, extension: ModuleType | None = None
+    device: Device, problem: Problem, buffers: Sequence[Set], stages: int, extension: ModuleType | None = None
 ) -> list[Call]:
     """One native call for each of native_buffers()."""
-    problem = cell.problem()
     order = (*INPUTS, *OUTPUTS)
     return [device.native_call(problem, [one.get(name) for name in order], stages, extension) for one in buffers]
 
 
 def stage_programs(device: Device, cell: Cell, data: Data) -> dict[str, Program]:
     """Each stage that does something, alone, on the state that a whole call on the same set left in its workspace."""
-    done = device.stages(cell.problem())
-    buffers = native_buffers(device, cell, data)
-    for call in native_calls(device, cell, buffers, native.ALL_STAGES):
+    problem = cell.problem()
+    done = device.stages(problem)
+    buffers = native_buffers(device, problem, data)
+    for call in native_calls(device, problem, buffers, native.ALL_STAGES):
         call()
     device.synchronize()
     return {
-        name: device.program(native_calls(device, cell, buffers, stage))
+        name: device.program(native_calls(device, problem, buffers, stage))
         for name, stage in STAGES.items()
         if stage & done
     }
