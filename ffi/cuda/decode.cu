@@ -86,8 +86,8 @@ Status DecodeGemm1(const Call& c) {
   p.activation = c.activation();
   p.h = c.workspace.decode_h;
   p.mx = DescribeMxScales(c, c.buffers.gemm1_weights_scale, p.stream, c.p.gated());
-  s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles, c.p.mx()), d.gemm1.grid, kDecodeThreads,
-                   d.gemm1.shared_bytes, d.overlap_previous, c, map, p);
+  s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles, c.p.mx(), d.gemm1.value_bytes), d.gemm1.grid,
+                   kDecodeThreads, d.gemm1.shared_bytes, d.overlap_previous, c, map, p);
   if (!s.ok()) return s;
   DecodeQuantizeParameters q{};
   q.slots = p.slots;
@@ -95,7 +95,8 @@ Status DecodeGemm1(const Call& c) {
   q.top_k = p.top_k;
   q.k_blocks = int(c.p.intermediate_size / kScaleBlock);
   q.h = p.h;
-  q.codes = c.workspace.decode_codes;
+  q.values = c.workspace.decode_codes;
+  q.value_bytes = d.gemm2.value_bytes;
   q.scales = c.workspace.decode_scales;
   const unsigned warps = unsigned(q.num_slots * q.k_blocks), per_cta = kDecodeQuantizeThreads / 32;
   return Launch("decode_quantize", c.p.mx() ? decode_quantize_mx : decode_quantize,
@@ -121,8 +122,8 @@ Status DecodeGemm2(const Call& c) {
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.output = static_cast<uint16_t*>(c.buffers.output.data);
   p.mx = DescribeMxScales(c, c.buffers.gemm2_weights_scale, p.stream, false);
-  return LaunchDecode("decode_gemm2", FindDecodeGemm2(d.token_tiles, c.p.mx()), d.gemm2.grid, kDecodeThreads,
-                      d.gemm2.shared_bytes, true, c, map, p);
+  return LaunchDecode("decode_gemm2", FindDecodeGemm2(d.token_tiles, c.p.mx(), d.gemm2.value_bytes), d.gemm2.grid,
+                      kDecodeThreads, d.gemm2.shared_bytes, true, c, map, p);
 }
 
 }  // namespace jax_moe::cuda

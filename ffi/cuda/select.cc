@@ -75,12 +75,19 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   for (int columns : {32, 64, 128})
     if (p.hidden_size / columns >= num_sms * 2 / 3) d.slice_columns = columns;
   const int h_blocks = int(p.hidden_size / kScaleBlock), i_blocks = int(p.intermediate_size / kScaleBlock);
+  if (p.hidden_states_are_bf16() && tokens * p.hidden_size > kMostTokenElements)
+    d.quantize_ctas = int(CeilDiv(tokens * h_blocks, 16));
+  // NOTE: tokens that were quantised come as codes, and the workspace has room for f16 of half as many slots.
+  d.gemm1.value_bytes = d.token_tiles == 1 && d.quantize_ctas == 0 ? kHalfBytes : kCodeBytes;
+  d.gemm2.value_bytes =
+      d.token_tiles == 1 && p.expanded_rows() * kHalfBytes <= kMaxDecodeSlots ? kHalfBytes : kCodeBytes;
   const auto gemm2_bytes = [&](int h_buffers) {
-    return int(DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers).bytes);
+    return int(
+        DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers, d.gemm2.value_bytes).bytes);
   };
-  const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles).bytes);
+  const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles, d.gemm1.value_bytes).bytes);
   const int h_bytes = gemm2_bytes(1) - gemm2_bytes(0);
-  d.h_buffers = std::clamp(kHBytes / h_bytes, 2, kMaxHBuffers);
+  d.h_buffers = std::clamp(kHBytes * d.gemm2.value_bytes / h_bytes, 2, kMaxHBuffers);
   int gemm2_ring = kGemm2RingBytes;
   const bool lone = d.h_buffers < std::min<int64_t>(p.expanded_rows(), kEnoughHBuffers);
   if (lone) {
@@ -103,8 +110,6 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   }
   if (d.gemm2.shared_bytes > beside) d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
   d.overlap_previous = true;
-  if (p.hidden_states_are_bf16() && tokens * p.hidden_size > kMostTokenElements)
-    d.quantize_ctas = int(CeilDiv(tokens * h_blocks, 16));
   const int64_t most_tiles = std::min(p.expanded_rows(), p.local_num_experts) * (p.gemm1_rows() / kDecodeGemm1Rows);
   d.gemm1.grid = int(std::min<int64_t>(num_sms, most_tiles));
   d.gemm2.grid = int(std::min<int64_t>(num_sms, p.hidden_size / d.slice_columns));

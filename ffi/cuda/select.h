@@ -16,6 +16,7 @@ struct DecodeTile {
   int stages, stage_bytes;
   int shared_bytes;
   int grid;
+  int value_bytes;  // of tokens in shared memory (decode_layout.h)
 };
 struct DecodeConfig {
   bool used;

@@ -1,29 +1,39 @@
-// The product of a warp in the decode kernels: 16 rows of weights times 8-token tiles over 128 of K. Both operands are
-// e4m3 rows of 128 bytes in 16-byte pieces, piece p of row r at place p ^ (r % 8). A thread's four codes of a piece
-// serve as the f16 values k = 2q, 2q + 1, 2q + 8, 2q + 9 of an instruction, in both operands alike: a sum over k does
-// not mind the order. MxFp8 scales the product of every two pieces.
+// The product of a warp in the decode kernels: 16 rows of weights times 8-token tiles over 128 of K. Weights are e4m3
+// rows of 128 bytes in 16-byte pieces, piece p of row r at place p ^ (r % 8); tokens as decode_layout.h has them. A
+// thread's four values of a piece serve as k = 2q, 2q + 1, 2q + 8, 2q + 9 of an instruction, in both operands alike: a
+// sum over k does not mind the order. MxFp8 scales the product of every two pieces.
 #pragma once
+#include "decode_layout.h"
 #include "mx_scale.cuh"
 
 namespace jax_moe::cuda {
 
 // Calls multiply(32 of 128, the rows' f16 values, those of the tokens): of a tile t, b[t][first] and b[t][first + 1].
 // Tokens past `last_token` repeat it.
-template <int kTokenTiles, class Multiply>
+template <int kTokenTiles, int kValueBytes, class Multiply>
 DEVICE void for_each_32(uint32_t rows, uint32_t tokens, int pitch, int last_token, const Multiply& multiply) {
   const int lane = threadIdx.x % 32;
   const int row = lane % 16, row_piece = lane / 16;  // matrices: rows 0-7 and 8-15 of a piece, then of the next one
-  const int token_piece = lane / 8;                  // matrices: four pieces
+  const int token_piece = lane / 8;                  // matrices: four pieces of 16 bytes
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t b[kTokenTiles][4][2];
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       const int token = min(8 * t + lane % 8, last_token);
-      uint32_t codes[4];
-      load_matrix_x4(codes, tokens + token * pitch + (4 * half + token_piece) * 16);
+      uint32_t loaded[4];
+      if constexpr (kValueBytes == kHalfBytes) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) e4m3x4_to_f16x4(codes[i], b[t][i][0], b[t][i][1]);
+        for (int i = 0; i < 4; i += 2) {
+          load_matrix_x4(loaded, tokens + token * pitch + ((4 * half + i) * 2 + token_piece) * 16);
+          b[t][i][0] = loaded[0], b[t][i][1] = loaded[1];
+          b[t][i + 1][0] = loaded[2], b[t][i + 1][1] = loaded[3];
+        }
+      } else {
+        load_matrix_x4(loaded, tokens + token * pitch + (4 * half + token_piece) * 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) e4m3x4_to_f16x4(loaded[i], b[t][i][0], b[t][i][1]);
+      }
     }
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
@@ -37,7 +47,7 @@ DEVICE void for_each_32(uint32_t rows, uint32_t tokens, int pitch, int last_toke
 }
 
 // product[t] = the rows times tokens 8 t + ..., as mma_m16n8k16_f16 leaves it.
-template <int kTokenTiles>
+template <int kValueBytes, int kTokenTiles>
 DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int pitch,
                            int last_token) {
   float odd[kTokenTiles][4] = {};  // two chains of dependent instructions instead of one
@@ -46,7 +56,7 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
 #pragma unroll
     for (int i = 0; i < 4; ++i) product[t][i] = 0.f;
   }
-  for_each_32<kTokenTiles>(
+  for_each_32<kTokenTiles, kValueBytes>(
       rows, tokens, pitch, last_token, [&](int, const auto& lo, const auto& hi, const auto& b, int first) {
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
@@ -63,7 +73,7 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
 
 // The same for the tiles that have one of the tokens `named` (bits), other products are left 0: with few tokens an
 // expert most of them need one tile of two, and a tile costs half as many conversions as the weights do.
-template <int kTokenTiles>
+template <int kValueBytes, int kTokenTiles>
 DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uint32_t rows, uint32_t tokens, int pitch,
                            int last_token) {
   static_assert(kTokenTiles == 1 || kTokenTiles == 2, "at most one tile to leave out");
@@ -72,7 +82,7 @@ DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uin
     if (first != second) {
       float one[1][4];
       const int skipped = second ? 8 : 0;
-      multiply_chunk(one, rows, tokens + skipped * pitch, pitch, last_token - skipped);
+      multiply_chunk<kValueBytes>(one, rows, tokens + skipped * pitch, pitch, last_token - skipped);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         product[0][i] = first ? one[0][i] : 0.f;
@@ -81,7 +91,7 @@ DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uin
       return;
     }
   }
-  multiply_chunk(product, rows, tokens, pitch, last_token);
+  multiply_chunk<kValueBytes>(product, rows, tokens, pitch, last_token);
 }
 
 // MxFp8: a product under two E8M0 scales, whatever they are. NOTE: the scales' product may leave float32 where the
@@ -94,7 +104,7 @@ DEVICE float scaled_by_halves(float product, uint32_t a, uint32_t b) {
 
 // sums[t] += the rows times tokens 8 t + ..., with the words of four scales of this thread's two rows and of its two
 // tokens of each tile.
-template <int kTokenTiles>
+template <int kValueBytes, int kTokenTiles>
 DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int pitch, int last_token,
                               const uint32_t (&row_words)[2], const uint32_t (&token_words)[kTokenTiles][2]) {
   // All scales from 2^-63 to 2^64: there one scale after the other is right, and none is NaN.
@@ -105,7 +115,7 @@ DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, uint
     for (int i = 0; i < 2; ++i) plain &= token_words[t][i] ^ token_words[t][i] << 1;
   }
   const bool all_plain = __all_sync(~0u, (plain & 0x80808080) == 0x80808080);
-  for_each_32<kTokenTiles>(
+  for_each_32<kTokenTiles, kValueBytes>(
       rows, tokens, pitch, last_token, [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
         float product[kTokenTiles][4] = {};
 #pragma unroll

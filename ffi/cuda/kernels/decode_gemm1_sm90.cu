@@ -58,7 +58,7 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
 // The call's tokens on their way into shared memory, in 16-byte pieces, by the math threads.
 // NOTE: the first pieces are asked for before anything else: behind the weights they would wait for a whole ring of
 // them.
-template <bool kMx>
+template <bool kMx, int kValueBytes>
 class TokenLoader {
  public:
   DEVICE TokenLoader(const DecodeGemm1Parameters& p, uint32_t codes, float* scales)
@@ -69,7 +69,7 @@ class TokenLoader {
     if (int(threadIdx.x) < p.num_tokens * p.stream.k_blocks) first_scale_ = given_scale(threadIdx.x);
   }
 
-  // To e4m3 rows of token_pitch bytes, and their scales.
+  // To rows of token_pitch bytes, and their scales.
   DEVICE void finish() {
     const int count = p_.num_tokens * per_token_;
     // Whole warps stay together: 16 lanes make a block of 128.
@@ -111,9 +111,9 @@ class TokenLoader {
   DEVICE void store(int piece, const uint4& v, int count) {
     if (piece - int(threadIdx.x % 32) >= count) return;
     const int token = piece / per_token_, in_token = piece - token * per_token_;
-    const uint32_t row = codes_ + token * token_pitch(p_.stream.k_blocks);
+    const uint32_t row = codes_ + token * token_pitch(p_.stream.k_blocks, kValueBytes);
     if (!p_.x_is_bf16) {
-      if (piece < count) store_shared_v4(row + in_token * 16, v);
+      if (piece < count) store_16(row + in_token * 16 * kValueBytes, v);
       return;
     }
     float scale;
@@ -126,8 +126,32 @@ class TokenLoader {
       codes = quantize_bf16(v, scale);
     }
     if (piece >= count) return;
-    store_shared_v2(row + in_token * 8, codes);
+    store_8(row, in_token, codes);
     if (in_token % 16 == 0) scales_[token * scale_pitch(p_.stream.k_blocks) + in_token / 16] = scale;
+  }
+
+  // Codes to their place: 16, or those of piece `eight` of 8.
+  static DEVICE void store_16(uint32_t to, const uint4& codes) {
+    if constexpr (kValueBytes == kHalfBytes) {
+      uint4 even, odd;
+      e4m3x4_to_f16x4(codes.x, even.x, odd.x), e4m3x4_to_f16x4(codes.y, even.y, odd.y);
+      e4m3x4_to_f16x4(codes.z, even.z, odd.z), e4m3x4_to_f16x4(codes.w, even.w, odd.w);
+      store_shared_v4(to, even);
+      store_shared_v4(to + 16, odd);
+    } else {
+      store_shared_v4(to, codes);
+    }
+  }
+  static DEVICE void store_8(uint32_t row, int eight, const uint2& codes) {
+    if constexpr (kValueBytes == kHalfBytes) {
+      uint2 even, odd;
+      e4m3x4_to_f16x4(codes.x, even.x, odd.x), e4m3x4_to_f16x4(codes.y, even.y, odd.y);
+      const uint32_t to = row + eight / 2 * 32 + eight % 2 * 8;
+      store_shared_v2(to, even);
+      store_shared_v2(to + 16, odd);
+    } else {
+      store_shared_v2(row + eight * 8, codes);
+    }
   }
 
   const DecodeGemm1Parameters& p_;
@@ -145,8 +169,8 @@ DEVICE void load_tokens(Fixed& fixed, uint32_t x, uint32_t x_scale, const Decode
   if (lane == 0) mbarrier_arrive_expect(full, p.num_tokens * (k_blocks * 128 + scale_bytes));
   __syncwarp();
   if (lane >= p.num_tokens) return;
-  bulk_load(x + lane * token_pitch(k_blocks), static_cast<const uint8_t*>(p.x) + int64_t(lane) * k_blocks * 128,
-            k_blocks * 128, full);
+  bulk_load(x + lane * token_pitch(k_blocks, kCodeBytes),
+            static_cast<const uint8_t*>(p.x) + int64_t(lane) * k_blocks * 128, k_blocks * 128, full);
   bulk_load(x_scale + lane * scale_bytes, static_cast<const float*>(p.x_scale) + lane * scale_pitch(k_blocks),
             scale_bytes, full);
 }
@@ -213,13 +237,13 @@ DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Paramete
 }
 
 // `memory` is `ring` as a pointer.
-template <int kTokenTiles, bool kMx>
+template <int kTokenTiles, bool kMx, int kValueBytes>
 DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_t x, float* x_scale, float* partial,
                      const DecodeGemm1Parameters& p, bool apart) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const WarpShare share(s, kDecodeGemm1Rows);
-  TokenLoader<kMx> tokens(p, x, x_scale);  // of fresh tokens, nothing
+  TokenLoader<kMx, kValueBytes> tokens(p, x, x_scale);  // of fresh tokens, nothing
   // Arrivals: all math threads and the producer's warp. Publishes the experts.
   named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
   const int num_tiles = fixed.experts.count * p.num_tiles;
@@ -256,7 +280,7 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
       const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * s.chunks * 2048;
       const uint32_t* words = stage_words<kMx>(s, memory, at.stage(), share.group());
       share.for_blocks(s, step, round, [&](int chunk, int in_stage, int number) {
-        const uint32_t w = rows + in_stage * 2048, tokens_at = x + chunk * 128;
+        const uint32_t w = rows + in_stage * 2048, tokens_at = x + chunk * (128 * kValueBytes);
         if constexpr (kMx) {
           uint32_t token_words[kTokenTiles][2];
 #pragma unroll
@@ -264,12 +288,13 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
 #pragma unroll
             for (int i = 0; i < 2; ++i) token_words[n][i] = __float_as_uint(token_scale[n][i][chunk]);
           }
-          multiply_mx_chunk(sums, w, tokens_at, token_pitch(s.k_blocks), p.num_tokens - 1,
-                            {words[in_stage], words[8 * s.chunks + in_stage]}, token_words);
+          multiply_mx_chunk<kValueBytes>(sums, w, tokens_at, token_pitch(s.k_blocks, kValueBytes), p.num_tokens - 1,
+                                         {words[in_stage], words[8 * s.chunks + in_stage]}, token_words);
         } else {
           const float scale = scales.at(number);
           float product[kTokenTiles][4];
-          multiply_named(product, named, w, tokens_at, token_pitch(s.k_blocks), p.num_tokens - 1);
+          multiply_named<kValueBytes>(product, named, w, tokens_at, token_pitch(s.k_blocks, kValueBytes),
+                                      p.num_tokens - 1);
 #pragma unroll
           for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
@@ -292,11 +317,11 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
   }
 }
 
-template <int kTokenTiles, bool kMx>
+template <int kTokenTiles, bool kMx, int kValueBytes>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_gemm1(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm1Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
-  const DecodeGemm1Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, kTokenTiles);
+  const DecodeGemm1Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, kTokenTiles, kValueBytes);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const bool apart = p.stream.rows != p.intermediate && !(kMx && p.shuffled);
   const int warp = threadIdx.x / 32;
@@ -329,17 +354,18 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     }
     finish<kTokenTiles, kMx>(fixed, reinterpret_cast<const float*>(memory + layout.partial), p, apart);
   } else {
-    multiply<kTokenTiles, kMx>(fixed, memory, smem_address(memory), smem_address(memory + layout.x),
-                               reinterpret_cast<float*>(memory + layout.x_scale),
-                               reinterpret_cast<float*>(memory + layout.partial), p, apart);
+    multiply<kTokenTiles, kMx, kValueBytes>(fixed, memory, smem_address(memory), smem_address(memory + layout.x),
+                                            reinterpret_cast<float*>(memory + layout.x_scale),
+                                            reinterpret_cast<float*>(memory + layout.partial), p, apart);
   }
 }
 
 }  // namespace
 
-DecodeGemm1Kernel FindDecodeGemm1(int token_tiles, bool mx) {
-  if (mx) return token_tiles == 1 ? decode_gemm1<1, true> : decode_gemm1<2, true>;
-  return token_tiles == 1 ? decode_gemm1<1, false> : decode_gemm1<2, false>;
+DecodeGemm1Kernel FindDecodeGemm1(int token_tiles, bool mx, int value_bytes) {
+  return find_decode_kernel(token_tiles, mx, value_bytes, [](auto tiles, auto is_mx, auto bytes) -> DecodeGemm1Kernel {
+    return decode_gemm1<tiles.value, is_mx.value, bytes.value>;
+  });
 }
 
 }  // namespace jax_moe::cuda

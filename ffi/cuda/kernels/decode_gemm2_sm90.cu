@@ -45,6 +45,7 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
 }
 
 // The rows of h and their scales, expert by expert, by one warp: a lane a token.
+template <int kValueBytes>
 DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGemm2Parameters& p) {
   const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, scale_bytes = scale_pitch(k_blocks) * 4;
   const ActiveTokens& active = fixed.active;
@@ -54,12 +55,14 @@ DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGe
       fixed.h.wait_empty(at);
       __syncwarp();  // NOTE: a lane still waiting would miss the phase that the next fill completes
       const uint32_t full = fixed.h.full_address(at.stage());
-      if (lane == 0) mbarrier_arrive_expect(full, __popc(active.tokens[a]) * (k_blocks * 128 + scale_bytes));
+      if (lane == 0)
+        mbarrier_arrive_expect(full, __popc(active.tokens[a]) * (k_blocks * 128 * kValueBytes + scale_bytes));
       __syncwarp();
       if (!active.names(a, lane)) continue;
       const int slot = active.slot[a][lane];
-      bulk_load(h + at.stage() * tokens_bytes(k_blocks, p.num_tokens) + lane * token_pitch(k_blocks),
-                p.h + int64_t(slot) * k_blocks * 128, k_blocks * 128, full);
+      bulk_load(h + at.stage() * tokens_bytes(k_blocks, p.num_tokens, kValueBytes) +
+                    lane * token_pitch(k_blocks, kValueBytes),
+                p.h + int64_t(slot) * k_blocks * 128 * kValueBytes, k_blocks * 128 * kValueBytes, full);
       bulk_load(h_scale + at.stage() * scales_bytes(k_blocks, p.num_tokens) + lane * scale_bytes,
                 p.h_scale + slot * scale_pitch(k_blocks), scale_bytes, full);
     }
@@ -92,7 +95,7 @@ DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* 
 }
 
 // `memory` is `ring` as a pointer.
-template <int kTokenTiles, bool kMx>
+template <int kTokenTiles, bool kMx, int kValueBytes>
 DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_t h, const float* h_scale,
                      const float* token_weight, float* partial, const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
@@ -130,7 +133,7 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
           }
         }
         const uint32_t named = active.tokens[a];
-        const uint32_t codes = h + h_at.stage() * tokens_bytes(s.k_blocks, p.num_tokens);
+        const uint32_t values = h + h_at.stage() * tokens_bytes(s.k_blocks, p.num_tokens, kValueBytes);
         float of_expert[kTokenTiles][4] = {};  // MxFp8: without the routing weight
         RingCursor at = ring_at;
         at.advance(s.stages, first_step);
@@ -139,7 +142,7 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
           const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * 2048;
           const uint32_t* words = stage_words<kMx>(s, memory, at.stage(), share.group());
           share.for_blocks(s, step, round, [&](int chunk, int in_stage, int number) {
-            const uint32_t w = rows + in_stage * groups * 2048, x = codes + chunk * 128;
+            const uint32_t w = rows + in_stage * groups * 2048, x = values + chunk * (128 * kValueBytes);
             if constexpr (kMx) {
               uint32_t token_words[kTokenTiles][2];
 #pragma unroll
@@ -148,12 +151,12 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
                 for (int i = 0; i < 2; ++i)
                   token_words[n][i] = routed[n][i] ? __float_as_uint(row_scale[n][i][chunk]) : kMxOnes;
               }
-              multiply_mx_chunk(of_expert, w, x, token_pitch(s.k_blocks), p.num_tokens - 1,
-                                {words[in_stage], words[8 * s.chunks + in_stage]}, token_words);
+              multiply_mx_chunk<kValueBytes>(of_expert, w, x, token_pitch(s.k_blocks, kValueBytes), p.num_tokens - 1,
+                                             {words[in_stage], words[8 * s.chunks + in_stage]}, token_words);
             } else {
               const float scale = scales.at(number);
               float product[kTokenTiles][4];
-              multiply_named(product, named, w, x, token_pitch(s.k_blocks), p.num_tokens - 1);
+              multiply_named<kValueBytes>(product, named, w, x, token_pitch(s.k_blocks, kValueBytes), p.num_tokens - 1);
 #pragma unroll
               for (int n = 0; n < kTokenTiles; ++n) {
                 const float factor[2] = {scale * row_scale[n][0][chunk] * weight[n][0],
@@ -193,12 +196,12 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
   }
 }
 
-template <int kTokenTiles, bool kMx>
+template <int kTokenTiles, bool kMx, int kValueBytes>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_gemm2(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm2Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
   const DecodeGemm2Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, p.top_k, kTokenTiles,
-                                 p.h_buffers);
+                                 p.h_buffers, kValueBytes);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
@@ -219,22 +222,23 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     named_barrier_arrive(kReadyBarrier, kDecodeMathThreads + 32);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    load_rows(fixed, smem_address(memory + layout.h), smem_address(memory + layout.h_scale), p);
+    load_rows<kValueBytes>(fixed, smem_address(memory + layout.h), smem_address(memory + layout.h_scale), p);
   } else {
     // Arrivals: all math threads and the warp above. Publishes experts and tokens.
     named_barrier_sync(kReadyBarrier, kDecodeMathThreads + 32);
-    multiply<kTokenTiles, kMx>(fixed, memory, smem_address(memory), smem_address(memory + layout.h),
-                               reinterpret_cast<const float*>(memory + layout.h_scale),
-                               reinterpret_cast<const float*>(memory + layout.weight),
-                               reinterpret_cast<float*>(memory + layout.partial), p);
+    multiply<kTokenTiles, kMx, kValueBytes>(fixed, memory, smem_address(memory), smem_address(memory + layout.h),
+                                            reinterpret_cast<const float*>(memory + layout.h_scale),
+                                            reinterpret_cast<const float*>(memory + layout.weight),
+                                            reinterpret_cast<float*>(memory + layout.partial), p);
   }
 }
 
 }  // namespace
 
-DecodeGemm2Kernel FindDecodeGemm2(int token_tiles, bool mx) {
-  if (mx) return token_tiles == 1 ? decode_gemm2<1, true> : decode_gemm2<2, true>;
-  return token_tiles == 1 ? decode_gemm2<1, false> : decode_gemm2<2, false>;
+DecodeGemm2Kernel FindDecodeGemm2(int token_tiles, bool mx, int value_bytes) {
+  return find_decode_kernel(token_tiles, mx, value_bytes, [](auto tiles, auto is_mx, auto bytes) -> DecodeGemm2Kernel {
+    return decode_gemm2<tiles.value, is_mx.value, bytes.value>;
+  });
 }
 
 }  // namespace jax_moe::cuda

@@ -54,17 +54,18 @@ struct DecodeGemm1Parameters {
 struct DecodeQuantizeParameters {
   SlotExperts slots;
   int num_slots, top_k;
-  int k_blocks;    // I / 128
-  const float* h;  // [T * K, I]
-  uint8_t* codes;  // e4m3 [T * K, I]
-  float* scales;   // [T * K, scale_pitch]; with MxFp8 words of four
+  int k_blocks;     // I / 128
+  const float* h;   // [T * K, I]
+  uint8_t* values;  // e4m3 [T * K, I], or f16 as decode_layout.h has it
+  int value_bytes;
+  float* scales;  // [T * K, scale_pitch]; with MxFp8 words of four
 };
 
 struct DecodeGemm2Parameters {
   SlotExperts slots;
   SlotWeights weights;
   int num_tokens, top_k;
-  const uint8_t* h;      // e4m3 [T * K, I], a row a slot
+  const uint8_t* h;      // [T * K, I], a row a slot: e4m3 or f16, as gemm2 has them in shared memory
   const float* h_scale;  // [T * K, scale_pitch]
   WeightStream stream;
   int hidden;      // H
@@ -193,8 +194,22 @@ struct NoScaleQueue {
 
 using DecodeGemm1Kernel = void (*)(CUtensorMap, DecodeGemm1Parameters);
 using DecodeGemm2Kernel = void (*)(CUtensorMap, DecodeGemm2Parameters);
-DecodeGemm1Kernel FindDecodeGemm1(int token_tiles, bool mx);  // of 8 tokens: 1 or 2
-DecodeGemm2Kernel FindDecodeGemm2(int token_tiles, bool mx);
+// token_tiles: of 8 tokens, 1 or 2; value_bytes: of the tokens in shared memory, kHalfBytes with one tile only.
+DecodeGemm1Kernel FindDecodeGemm1(int token_tiles, bool mx, int value_bytes);
+DecodeGemm2Kernel FindDecodeGemm2(int token_tiles, bool mx, int value_bytes);
+
+// use(token tiles, whether MxFp8, bytes of a value), as constants.
+template <class Use>
+auto find_decode_kernel(int token_tiles, bool mx, int value_bytes, const Use& use) {
+  const auto of_format = [&](auto is_mx) {
+    if (token_tiles == 2)
+      return use(std::integral_constant<int, 2>(), is_mx, std::integral_constant<int, kCodeBytes>());
+    const std::integral_constant<int, 1> one;
+    return value_bytes == kHalfBytes ? use(one, is_mx, std::integral_constant<int, kHalfBytes>())
+                                     : use(one, is_mx, std::integral_constant<int, kCodeBytes>());
+  };
+  return mx ? of_format(std::true_type()) : of_format(std::false_type());
+}
 
 inline constexpr int kDecodeQuantizeThreads = 128;  // a warp a block of 128
 __global__ void decode_quantize(const __grid_constant__ DecodeQuantizeParameters p);

@@ -25,12 +25,21 @@ DEVICE void quantize_h(const DecodeQuantizeParameters& p) {
   if (!has_row) return;
   const int64_t at = int64_t(block) * 128 + lane * 4;
   float scale;
-  uint32_t word;
+  uint32_t codes, word;
   if constexpr (kMx) {
-    *reinterpret_cast<uint32_t*>(p.codes + at) = quantize_mx_f32(load_fresh_v4(p.h + at), word);
+    codes = quantize_mx_f32(load_fresh_v4(p.h + at), word);
     scale = __uint_as_float(word);
   } else {
-    *reinterpret_cast<uint32_t*>(p.codes + at) = quantize_f32(load_fresh_v4(p.h + at), scale);
+    codes = quantize_f32(load_fresh_v4(p.h + at), scale);
+  }
+  if (p.value_bytes == kHalfBytes) {
+    uint32_t even, odd;
+    e4m3x4_to_f16x4(codes, even, odd);
+    uint32_t* to = reinterpret_cast<uint32_t*>(p.values) + int64_t(block) * 64 + lane / 4 * 8 + lane % 4;
+    to[0] = even;
+    to[4] = odd;
+  } else {
+    *reinterpret_cast<uint32_t*>(p.values + at) = codes;
   }
   // GEMM2 loads whole rows of scales: what follows a row's last is 0, not whatever was there.
   if (lane == 0 || (chunk + 1 == p.k_blocks && chunk + lane < scale_pitch(p.k_blocks)))
