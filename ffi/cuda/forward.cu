@@ -103,8 +103,9 @@ MxWeightScales DescribeScales(const Call& c, const Buffer& scale, bool by_turns,
   const bool shuffled = c.p.use_shuffled_weight != 0;
   const MxScaleOrder rows = shuffled ? MxScaleOrder::kInterleaved : MxScaleOrder::kRows;
   const MxScaleOrder grid = by_turns ? MxScaleOrder::kGridByTurns : MxScaleOrder::kGrid;
-  return {static_cast<const uint32_t*>(scale.data), c.p.weights_scale_rows == 1 ? rows : grid,
-          std::gcd(k_blocks, most_words)};
+  const MxScaleOrder order = c.p.weights_scale_rows == 1 ? rows : grid;
+  return {static_cast<const uint32_t*>(scale.data), order,
+          order == MxScaleOrder::kInterleaved ? 1 : std::gcd(k_blocks, most_words)};
 }
 
 // Tokens' scales: the caller's, or those that the route's CTAs have made.

@@ -12,22 +12,22 @@ template <int kTileTokens, int kRingStages>
 struct DeepSeekFormatOf {
   using Scales = TokenScales;
   static constexpr bool kMx = false;
-  static constexpr int kTokenPlanes = 1;
+  static constexpr int kTokenPlanes = 1, kFewestTokens = kTileTokens > 32 ? 16 : 8;
   static constexpr int kStages = kRingStages, kInFlight = 3;
   static constexpr int kMaxTokens = kTileTokens;
   struct Factors {
     float token_scale[kMaxTokens];
     float weight_scale[2];  // of a half
   };
-  using Stage = StageOf<StageOperands<kMaxTokens>, Factors>;
-  struct Landing {};
+  struct Landing {};  // all is in the stage
+  using Stage = StageOf<StageOperands<kMaxTokens>, Factors, Landing>;
 
   // What one of kThreads producer threads does for the scales of a stage: asks for them by cp.async, and when they have
   // landed, nothing.
   template <int kThreads>
   class Feed {
    public:
-    DEVICE Feed(const TokenScales& scales, const GemmShape& shape, Landing&, int thread)
+    DEVICE Feed(const TokenScales& scales, const GemmShape& shape, int thread)
         : tokens_(scales, thread), shape_(shape), thread_(thread) {}
     template <class Source>
     DEVICE void look(const Tile& tile, const Source& source) {
@@ -38,13 +38,13 @@ struct DeepSeekFormatOf {
       const int row = tile.expert() * shape_.rows_per_expert + b_row(shape_, tile, thread_ % 2);
       weights_ = uint32_t(row / 128) * uint32_t(shape_.k_blocks);
     }
-    DEVICE void ask(const Stage& stage, int k, uint32_t) const {
+    DEVICE void ask(const Stage& stage, int k) const {
       tokens_.for_each(
           k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.factors.token_scale[token]), from); });
       if (thread_ < 2)
         cp_async_4(smem_address(&stage.factors.weight_scale[thread_]), shape_.b_scale + (weights_ + uint32_t(k)));
     }
-    DEVICE void finish(const Stage&, uint32_t) const {}
+    DEVICE void finish(const Stage&) const {}
 
    private:
     TokenScaleReader<kMaxTokens, kThreads> tokens_;
@@ -133,6 +133,6 @@ struct DeepSeekFormatOf {
 };
 
 using DeepSeekFormat = DeepSeekFormatOf<kBlockM + kMostTailRows, 4>;
-using DeepSeekFewFormat = DeepSeekFormatOf<kFewRows, 6>;
+using DeepSeekFewFormat = DeepSeekFormatOf<kFewRows, 5>;
 
 }  // namespace jax_moe::cuda

@@ -44,14 +44,16 @@ struct GemmSharedMemory {
   uint64_t h_stored;  // mbarrier, a phase for each tile of GEMM1: by every math thread
   TileQueue tiles;
 
-  DEVICE typename Format::Stage stage(const Cursor& at) { return {operands[at.stage()], factors[at.stage()]}; }
+  DEVICE typename Format::Stage stage(const Cursor& at) {
+    return {operands[at.stage()], factors[at.stage()], landing, at.number()};
+  }
 };
 
 // Calls use(a number of tokens known to the compiler), at least `tokens`, at most kMost, in steps of 16.
-template <int kMost, int kTokens = 16, class Use>
+template <int kMost, int kTokens, class Use>
 DEVICE void with_tokens(int tokens, const Use& use) {
   if constexpr (kTokens < kMost) {
-    if (tokens > kTokens) return with_tokens<kMost, kTokens == 16 ? 32 : kTokens + 32>(tokens, use);
+    if (tokens > kTokens) return with_tokens < kMost, kTokens<32 ? 2 * kTokens : kTokens + 32>(tokens, use);
   }
   use(std::integral_constant<int, kTokens>());
 }
@@ -106,7 +108,7 @@ class Multiplier {
           continue;
         }
       }
-      with_tokens<kNarrowTokens>(tile_.rows(), [&](auto tokens) {
+      with_tokens<kNarrowTokens, Format::kFewestTokens>(tile_.rows(), [&](auto tokens) {
         for_stages([&](const auto& stage) {
           Format::template multiply_narrow<decltype(tokens)::value>(stage, wg_, sums, release);
         });
@@ -170,8 +172,8 @@ DEVICE void run_grouped_gemms(const GroupedGemmParameters<Format>& p) {
     if (const int i = thread - (128 - kFeedThreads); i >= 0) {
       using Feed = typename Format::template Feed<kFeedThreads>;
       Feeder<Shared> feeder(shared, p.handover, i);
-      feeder.template run<kFirstGemm>(p.rows, p.shape[0], Feed(p.scales[0], p.shape[0], shared.landing, i));
-      feeder.template run<kSecondGemm>(p.rows, p.shape[1], Feed(p.scales[1], p.shape[1], shared.landing, i));
+      feeder.template run<kFirstGemm>(p.rows, p.shape[0], Feed(p.scales[0], p.shape[0], i));
+      feeder.template run<kSecondGemm>(p.rows, p.shape[1], Feed(p.scales[1], p.shape[1], i));
     }
   } else {
     raise_registers<224>();

@@ -170,7 +170,7 @@ class Feeder {
                   tokens + plane * Operands::kPlaneBytes + (i % 2 == 0 ? even : odd) + i * kRowsPerPass * kBlockK,
                   from + uint64_t(uint32_t(source[i])) * 16 + plane * kBlockK);
         }
-        feed.ask(stage, k, at_.number());
+        feed.ask(stage, k);
         cp_async_commit();
       }
     }
@@ -185,20 +185,29 @@ class Feeder {
 
   template <bool kGathers, class Feed>
   DEVICE void announce(const Feed& feed) {
-    feed.finish(shared_.stage(landed_), landed_.number());
+    feed.finish(shared_.stage(landed_));
     // NOTE: cp.async writes through the generic proxy; without the fence wgmma may read what was there before.
     if (kGathers) fence_proxy_async();
     mbarrier_arrive(shared_.barriers.full_address(landed_.stage()));
     landed_.advance();
   }
-  // Announces what is in flight, each when it has landed.
+  // Until the first of `asked` stages, at most kMost, has landed.
+  template <int kMost>
+  static DEVICE void wait_for_first_of(int asked) {
+    if constexpr (kMost > 1) {
+      if (asked < kMost) return wait_for_first_of<kMost - 1>(asked);
+    }
+    cp_async_wait<kMost - 1>();
+  }
+  // Announces what is in flight, each when it has landed. In a loop: its code is cold when a tile ends.
   template <class Feed>
   DEVICE void drain(const Feed& feed) {
-    static_assert(kInFlight <= 3 && kInFlight < Shared::kStages, "a step for each; readers have one meanwhile");
-    if (in_flight_ > 2) cp_async_wait<2>(), announce<true>(feed);
-    if (in_flight_ > 1) cp_async_wait<1>(), announce<true>(feed);
-    if (in_flight_ > 0) cp_async_wait<0>(), announce<true>(feed);
-    in_flight_ = 0;
+    static_assert(kInFlight < Shared::kStages, "readers have one meanwhile");
+#pragma unroll 1
+    for (; in_flight_ > 0; --in_flight_) {
+      wait_for_first_of<kInFlight>(in_flight_);
+      announce<true>(feed);
+    }
   }
 
   Shared& shared_;

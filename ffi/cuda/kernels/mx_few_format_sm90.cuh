@@ -16,22 +16,22 @@ struct MxScales {
 struct MxFewFormat {
   using Scales = MxScales;
   static constexpr bool kMx = true;
-  static constexpr int kStages = 5, kInFlight = 3;
-  static constexpr int kMaxTokens = kFewRows, kNarrowTokens = kMaxTokens, kTokenPlanes = 1;
+  static constexpr int kStages = 4, kInFlight = 3;
+  static constexpr int kMaxTokens = kFewRows, kNarrowTokens = kMaxTokens, kTokenPlanes = 1, kFewestTokens = 8;
   struct alignas(16) Factors {
-    uint32_t weight_words[2 * kHalfRows];  // of four scales
-    float factor[kMxScales][kMaxTokens];   // of a token; made of the words that come to the first
+    float factor[kMxScales][kMaxTokens];  // of a token; made of the words that come to the first
   };
-  using Stage = StageOf<StageOperands<kMaxTokens, kTokenPlanes>, Factors>;
   static constexpr int kMostWords = 4;
   using Landing = MxLanding<kMostWords>;
+  using Stage = StageOf<StageOperands<kMaxTokens, kTokenPlanes>, Factors, Landing>;
+  static_assert(kStages <= kMostWords + 1, "no word is overwritten that may still be read");
 
   // As DeepSeekFormat's; when words have landed, it makes floats of those of tokens.
   template <int kThreads>
   class Feed {
    public:
-    DEVICE Feed(const MxScales& scales, const GemmShape& shape, Landing& landing, int thread)
-        : tokens_(scales.tokens, thread), weights_(scales.weights, shape, landing, thread) {}
+    DEVICE Feed(const MxScales& scales, const GemmShape& shape, int thread)
+        : tokens_(scales.tokens, thread), weights_(scales.weights, shape, thread) {}
     template <class Source>
     DEVICE void look(const Tile& tile, const Source& source) {
       tokens_.look(tile, source);
@@ -40,13 +40,12 @@ struct MxFewFormat {
       tokens_.begin();
       weights_.begin(tile);
     }
-    DEVICE void ask(const Stage& stage, int k, uint32_t block) {
-      weights_.ask(block);
+    DEVICE void ask(const Stage& stage, int k) {
+      weights_.ask(stage.landing, stage.block);
       tokens_.for_each(
           k, [&](int token, const float* from) { cp_async_4(smem_address(&stage.factors.factor[0][token]), from); });
     }
-    DEVICE void finish(const Stage& stage, uint32_t block) const {
-      weights_.for_each(block, [&](int row, uint32_t word) { stage.factors.weight_words[row] = word; });
+    DEVICE void finish(const Stage& stage) const {
       tokens_.for_each(0, [&](int token, const float*) {
         const uint32_t word = __float_as_uint(stage.factors.factor[0][token]);
 #pragma unroll
@@ -65,16 +64,21 @@ struct MxFewFormat {
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                      const Release& release) {
     Operands from(stage, wg);
-    if (__builtin_expect(any_mx_scale_above<kMostNearByte>(stage.factors.weight_words, wg), 0)) {
+    if (__builtin_expect(words_of(stage).template any_above<kMostNearByte>(wg), 0)) {
       multiply_far<kTokens>(from, sums);
     } else {
       float acc[kMxScales * 2][kTokens / 2];
 #pragma unroll
       for (int i = 0; i < kMxScales * 2; ++i) from.start(acc[i], i / 2, i % 2, 0);
+      float2 tokens[kMxScales][kTokens / 8];  // their factors, loaded in the shadow of the wgmmas
+#pragma unroll
+      for (int i = 0; i < kMxScales * (kTokens / 8); ++i)
+        tokens[i % kMxScales][i / kMxScales] =
+            load_shared_f32x2(from.factors + (i % kMxScales * kMaxTokens + i / kMxScales * 8) * 4);
 #pragma unroll
       for (int i = 0; i < kMxScales * 2; ++i) {
         wait_for_one_of(kMxScales * 2 - i);
-        promote(acc[i], from.row(i / 2, i % 2), from.factors + i / 2 * kMaxTokens * 4, sums[i % 2]);
+        promote(acc[i], from.row(i / 2, i % 2), tokens[i / 2], sums[i % 2]);
       }
     }
     release();
@@ -97,9 +101,8 @@ struct MxFewFormat {
           factors(smem_address(&stage.factors.factor[0][2 * wg.quad()])) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        word[i / 2][i % 2] = load_shared_u32(smem_address(
-            &stage.factors
-                 .weight_words[i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8]));
+        word[i / 2][i % 2] =
+            words_of(stage).of_row(i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8);
     }
     // The scales of this thread's two rows of a half.
     DEVICE float2 row(int s, int half) const {
@@ -134,11 +137,11 @@ struct MxFewFormat {
 
   // sums += acc * scale of the row * scale of the token.
   template <int kCount>
-  static DEVICE void promote(float (&acc)[kCount], float2 row, uint32_t factors, float* sums) {
+  static DEVICE void promote(float (&acc)[kCount], float2 row, const float2 (&tokens)[kCount / 4], float* sums) {
     register_fence(acc);
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      const float2 token = load_shared_f32x2(factors + 8 * i);
+      const float2 token = tokens[i / 4];
       sums[i] = __fmaf_rn(acc[i] * row.x, token.x, sums[i]);
       sums[i + 1] = __fmaf_rn(acc[i + 1] * row.x, token.y, sums[i + 1]);
       sums[i + 2] = __fmaf_rn(acc[i + 2] * row.y, token.x, sums[i + 2]);

@@ -13,28 +13,27 @@ struct MxFormat {
   using Scales = MxWeightScales;
   static constexpr bool kMx = true;
   static constexpr int kStages = 3, kInFlight = 2;
-  static constexpr int kMaxTokens = kBlockM, kNarrowTokens = kMaxTokens, kTokenPlanes = 2;
+  static constexpr int kMaxTokens = kBlockM, kNarrowTokens = kMaxTokens, kTokenPlanes = 2, kFewestTokens = 16;
   struct alignas(16) Factors {
-    uint32_t weight_words[2 * kHalfRows];  // of four scales
-    uint2 weight_factors[2 * kHalfRows];   // made of them: four factors of fold()
+    uint2 weight_factors[2 * kHalfRows];  // made of words of four scales: four factors of fold()
   };
-  using Stage = StageOf<StageOperands<kMaxTokens, kTokenPlanes>, Factors>;
   static constexpr int kMostWords = 2;  // there is no room for more
   using Landing = MxLanding<kMostWords>;
+  using Stage = StageOf<StageOperands<kMaxTokens, kTokenPlanes>, Factors, Landing>;
+  static_assert(kStages <= kMostWords + 1, "no word is overwritten that may still be read");
 
   // As DeepSeekFormat's; when words have landed, it makes factors of them.
   template <int kThreads>
   class Feed {
    public:
-    DEVICE Feed(const MxWeightScales& scales, const GemmShape& shape, Landing& landing, int thread)
-        : weights_(scales, shape, landing, thread) {}
+    DEVICE Feed(const MxWeightScales& scales, const GemmShape& shape, int thread) : weights_(scales, shape, thread) {}
     template <class Source>
     DEVICE void look(const Tile&, const Source&) {}
     DEVICE void begin(const Tile& tile) { weights_.begin(tile); }
-    DEVICE void ask(const Stage&, int, uint32_t block) { weights_.ask(block); }
-    DEVICE void finish(const Stage& stage, uint32_t block) const {
-      weights_.for_each(block, [&](int row, uint32_t word) {
-        stage.factors.weight_words[row] = word;
+    DEVICE void ask(const Stage& stage, int) { weights_.ask(stage.landing, stage.block); }
+    DEVICE void finish(const Stage& stage) const {
+      weights_.for_each([&](int row) {
+        const uint32_t word = words_of(stage).of_row(row);
         uint32_t factor[kMxScales];
 #pragma unroll
         for (int s = 0; s < kMxScales; ++s) factor[s] = (min(word >> 8 * s & 255, kMostNearByte) + 120) << 7;
@@ -51,7 +50,7 @@ struct MxFormat {
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                      const Release& release) {
     const Rows rows(stage, wg);
-    if (__builtin_expect(any_mx_scale_above<kMostNearByte>(stage.factors.weight_words, wg), 0))
+    if (__builtin_expect(words_of(stage).template any_above<kMostNearByte>(wg), 0))
       multiply<kTokens, true>(rows, sums);
     else
       multiply<kTokens, false>(rows, sums);
@@ -65,15 +64,17 @@ struct MxFormat {
   struct Rows {
     uint64_t tokens;        // beside which they are multiplied
     uint32_t codes, piece;  // this lane's row of 128 bytes, and where in it its first 16 are
-    uint32_t words;         // of this thread's row
-    uint2 factors[2][2];    // of a half and this thread's rows fragment_row() and + 8
+    MxWordsOfBlock<Landing::kStride> words;
+    int row;              // this thread's first
+    uint2 factors[2][2];  // of a half and this thread's rows fragment_row() and + 8
 
     DEVICE Rows(const Stage& stage, const WarpgroupContext& wg)
         : tokens(wgmma_descriptor(smem_address(stage.operands.tokens))),
           codes(smem_address(stage.operands.weights[0]) +
                 (wg.index * kWarpgroupRows + wg.warp() * 16 + wg.lane() % 16) * kBlockK),
           piece((wg.lane() / 16 ^ wg.lane() % 8) << 4),
-          words(smem_address(&stage.factors.weight_words[wg.index * kWarpgroupRows + wg.fragment_row()])) {
+          words(words_of(stage)),
+          row(wg.index * kWarpgroupRows + wg.fragment_row()) {
       const uint2* first = &stage.factors.weight_factors[wg.index * kWarpgroupRows + wg.fragment_row()];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -121,7 +122,7 @@ struct MxFormat {
     static DEVICE uint32_t nan_bits(uint32_t four) { return (four & 0x7F7F7F7F) + 0x01010101; }
     // What the factor leaves of a scale, 1 or more or NaN, as a pair.
     DEVICE uint32_t rest_of_scale(int s, int half, int v) const {
-      const uint32_t byte = load_shared_u32(words + (half * kHalfRows + v * 8) * 4) >> 8 * s & 255;
+      const uint32_t byte = words.of_row(row + half * kHalfRows + v * 8) >> 8 * s & 255;
       const uint32_t rest = byte == kMxScaleNan ? 0x7FC0 : (max(byte, kMostNearByte) - kMostNearByte + 127) << 7;
       return rest * 0x00010001;
     }

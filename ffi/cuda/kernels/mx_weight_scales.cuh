@@ -1,7 +1,6 @@
 // The E8M0 scales of MxFp8 weights, 1x32 or 32x32, as they lie in memory, and how producer threads bring those of a
-// tile: a word of four for each of its 256 rows and 128 of K. Words that are neighbours in memory, of up to four K
-// blocks or of four rows, come by one request to shared memory apart from the stages, and go to theirs from there: one
-// by one they would bring the 32 bytes around each of them from L2 again and again.
+// tile: a word of four for each of its 256 rows and 128 of K, those of up to four K blocks by one request. One by one
+// they would bring the 32 bytes around each from L2 again and again: rows of 256 have no room in L1.
 #pragma once
 #include "mx_scale.cuh"
 #include "token_scales.cuh"
@@ -18,7 +17,7 @@ enum class MxScaleOrder {
 struct MxWeightScales {
   const uint32_t* words;
   MxScaleOrder order;
-  int words_per_request;  // 1, 2 or 4 K blocks of a row, not of kInterleaved: divides those of every tile
+  int words_per_request;  // of as many K blocks: divides those of every tile; 1 unless they are neighbours
 
   // The word of a row of an expert's weights and the first 128 of K, and how far the next one is. NOTE: 2^32 words are
   // the scales of 512 GiB of weights.
@@ -38,75 +37,58 @@ struct MxWeightScales {
   DEVICE uint32_t step() const { return order == MxScaleOrder::kInterleaved ? 128 : 1; }
 };
 
-// Where requests for up to kMostWords K blocks at a time land. K blocks are numbered on from tile to tile: that of
-// number n is at [n / kMostWords % 2][row][n % kMostWords]; of kInterleaved at [n % kBlocks][half][row % 32][row / 32].
+// Where requests for up to kMostWords K blocks at a time land. K blocks are numbered on from tile to tile: the word of
+// row r and number n is at [n / kMostWords % 2][r][n % kMostWords]. NOTE: what a request overwrites, kMostWords to
+// 2 * kMostWords blocks back, has been read, as long as a ring is not longer than kMostWords + 1 stages.
 template <int kMostWords>
 struct alignas(16) MxLanding {
-  static constexpr int kBlocks = 2 * kMostWords;  // those of a request, and those asked for before and not used yet
-  uint32_t words[kBlocks * 2 * kHalfRows];
+  uint32_t words[2][2 * kHalfRows][kMostWords];
+
+  // The words of a K block, a row of its words from the next.
+  static constexpr int kStride = kMostWords * 4;
+  DEVICE uint32_t of_block(uint32_t block) const {
+    return smem_address(&words[block / kMostWords % 2][0][block % kMostWords]);
+  }
 };
 
 // Of one of kThreads producer threads: the rows of a tile that it asks for.
 template <int kThreads, int kMostWords>
 class MxWeightWords {
  public:
-  DEVICE MxWeightWords(const MxWeightScales& scales, const GemmShape& shape, MxLanding<kMostWords>& landing, int thread)
-      : scales_(scales), shape_(shape), landing_(smem_address(&landing)), thread_(thread) {}
+  DEVICE MxWeightWords(const MxWeightScales& scales, const GemmShape& shape, int thread)
+      : scales_(scales), shape_(shape), thread_(thread) {}
 
   DEVICE void begin(const Tile& tile) {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      int row = interleaved() ? row_of_four(min(thread_, kCount / 4 - 1)) : min(thread_ + i * kThreads, kCount - 1);
+      int row = min(thread_ + i * kThreads, kCount - 1);
       hide(row);  // what follows from it is not for the loop over tiles to carry
       at_[i] = scales_.first(shape_, tile.expert(), b_row(shape_, tile, row / kHalfRows) + row % kHalfRows);
     }
   }
-  // The words of that K block, the next; or of some that begin with it, if they have not come with one before.
-  DEVICE void ask(uint32_t block) {
-    if (interleaved()) {
-      if (thread_ < kCount / 4) cp_async_16(place_of_four(block), scales_.words + at_[0]);
-      at_[0] += 4 * 32;
-      return;
-    }
+  // The words of that K block, the next; with those of some after it, if they have not come with one before.
+  DEVICE void ask(const MxLanding<kMostWords>& landing, uint32_t block) {
     const uint32_t count = scales_.words_per_request;
     if (block % count != 0) return;
+    const uint32_t to = landing.of_block(block);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const int row = thread_ + i * kThreads;
-      if (row < kCount) copy(place(row, block), scales_.words + at_[i], count);
-      at_[i] += count;
+      if (row < kCount) copy(to + row * MxLanding<kMostWords>::kStride, scales_.words + at_[i], count);
+      at_[i] += scales_.step() * count;
     }
   }
-  // Calls use(row, word) for those of a K block that this thread has asked for, when they have landed.
+  // Calls use(row) for those that this thread asks for.
   template <class Use>
-  DEVICE void for_each(uint32_t block, const Use& use) const {
-    if (interleaved()) {
-      if (thread_ >= kCount / 4) return;
-      const uint4 v = load_shared_v4(place_of_four(block));
-      const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) use(row_of_four(thread_) + 32 * i, word[i]);
-      return;
-    }
+  DEVICE void for_each(const Use& use) const {
 #pragma unroll
     for (int i = 0; i < kMine; ++i)
-      if (const int row = thread_ + i * kThreads; row < kCount) use(row, load_shared_u32(place(row, block)));
+      if (const int row = thread_ + i * kThreads; row < kCount) use(row);
   }
 
  private:
-  static constexpr int kCount = 2 * kHalfRows, kBlocks = MxLanding<kMostWords>::kBlocks;
-  static constexpr int kMine = (kCount + kThreads - 1) / kThreads;
-  static_assert(kThreads >= kCount / 4, "a request of four rows each");
+  static constexpr int kCount = 2 * kHalfRows, kMine = (kCount + kThreads - 1) / kThreads;
 
-  DEVICE bool interleaved() const { return scales_.order == MxScaleOrder::kInterleaved; }
-  // The first of four rows, 32 apart.
-  static DEVICE int row_of_four(int four) { return four / 32 * kHalfRows + four % 32; }
-  DEVICE uint32_t place_of_four(uint32_t block) const {
-    return landing_ + (block % kBlocks * (kCount / 4) + thread_) * 16;
-  }
-  DEVICE uint32_t place(int row, uint32_t block) const {
-    return landing_ + ((block / kMostWords % 2 * kCount + row) * kMostWords + block % kMostWords) * 4;
-  }
   static DEVICE void copy(uint32_t to, const uint32_t* from, uint32_t count) {
     if (kMostWords >= 4 && count == 4)
       cp_async_16(to, from);
@@ -118,23 +100,35 @@ class MxWeightWords {
 
   const MxWeightScales& scales_;
   const GemmShape& shape_;
-  uint32_t landing_;
   int thread_;
   uint32_t at_[kMine];
 };
 
-// Whether a scale of a warpgroup's rows, of either half, is above a byte. NOTE: of all, since its warps multiply
-// together.
-template <uint32_t kByte>
-DEVICE bool any_mx_scale_above(const uint32_t* words, const WarpgroupContext& wg) {
-  static_assert(kByte >= 128, "found by the high bit and the others");
-  const uint4 v =
-      load_shared_v4(smem_address(&words[wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + wg.lane() % 16 * 4]));
-  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-  uint32_t any = 0;
+// The words of a K block.
+template <int kStride>
+struct MxWordsOfBlock {
+  uint32_t base;
+
+  DEVICE uint32_t of_row(int row) const { return load_shared_u32(base + row * kStride); }
+  // Whether a scale of a warpgroup's rows, of either half, is above a byte. NOTE: of all, since its warps multiply
+  // together.
+  template <uint32_t kByte>
+  DEVICE bool any_above(const WarpgroupContext& wg) const {
+    static_assert(kByte >= 128, "found by the high bit and the others");
+    uint32_t any = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) any |= ((word[i] & 0x7F7F7F7F) + (255 - kByte) * 0x01010101) & word[i];
-  return __any_sync(~0u, (any & 0x80808080) != 0);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = of_row(wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + i * 16 + wg.lane() % 16);
+      any |= ((word & 0x7F7F7F7F) + (255 - kByte) * 0x01010101) & word;
+    }
+    return __any_sync(~0u, (any & 0x80808080) != 0);
+  }
+};
+
+template <class Operands, class Factors, int kMostWords>
+DEVICE MxWordsOfBlock<MxLanding<kMostWords>::kStride> words_of(
+    const StageOf<Operands, Factors, MxLanding<kMostWords>>& stage) {
+  return {stage.landing.of_block(stage.block)};
 }
 
 }  // namespace jax_moe::cuda

@@ -17,11 +17,13 @@ struct alignas(1024) StageOperands {
   uint8_t weights[2][kHalfRows * kBlockK];
 };
 
-// A stage of the ring: that, and what a Format has of scales.
-template <class Operands, class Factors>
+// A stage of the ring: that, and what a Format has of scales, in the stage or where those of several land together.
+template <class Operands, class Factors, class Landing>
 struct StageOf {
   Operands& operands;
   Factors& factors;
+  Landing& landing;
+  uint32_t block;  // K blocks, numbered on from tile to tile
 };
 
 // The scales of tokens: element (block, row) at block * block_stride + row * row_stride. MxFp8: words of four.

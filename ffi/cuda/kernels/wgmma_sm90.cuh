@@ -51,6 +51,7 @@ namespace jax_moe::cuda {
         "wgmma.mma_async.sync.aligned.m64n" #kN "k32.f32.e4m3.e4m3 {" NAMES_##kCount "}, %" #A ", %" #B ", p, 1, 1;\n}\n" \
         : ACC_##kCount : "l"(a), "l"(b), "r"(accumulate)); \
   }
+WGMMA(8, 4, 4, 5, 6)
 WGMMA(16, 8, 8, 9, 10)
 WGMMA(24, 12, 12, 13, 14)
 WGMMA(32, 16, 16, 17, 18)
