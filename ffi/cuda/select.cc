@@ -20,7 +20,12 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Bytes in flight an SM: under 64 KiB the memory is read visibly slower; far more only make everything else that is
 // read, tokens, scales and h, wait behind weights. Stages of 16 KiB, where K and the rows allow.
 constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
-constexpr int kGemm1RingBytes = 96 * 1024, kGemm2RingBytes = 72 * 1024, kGemm2LoneRingBytes = 96 * 1024;
+struct RingBytes {
+  int most, of_long;  // of_long: where a tile has more than `most`, and tokens do not come from a kernel before
+  int of_tile(int64_t bytes, bool tokens_wait) const { return bytes > most && !tokens_wait ? of_long : most; }
+};
+constexpr RingBytes kGemm1Ring{96 * 1024, 128 * 1024};
+constexpr RingBytes kGemm2Ring{72 * 1024, 96 * 1024}, kGemm2LoneRing{96 * 1024, 128 * 1024};
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
 constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6, kLeastHBuffers = 5;
 // Local slots, and bytes of weights, to expect, beyond which the grouped kernels are level or faster: they cost some
@@ -32,6 +37,7 @@ constexpr double kMostExpectedBytes = 430e6;
 // a sum cost less than to make bf16 of the weights.
 constexpr int64_t kFewExpectedRows = 20, kMxFewExpectedRows = 28;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
+// Up to as many, tokens and h are held as f16.
 constexpr int kMostTokenElements = 16 * 1024;
 // NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
 // beside the end of an earlier kernel. gemm2 fits beside it: its CTAs, one an SM, have their first weights when gemm1
@@ -75,12 +81,15 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   for (int columns : {32, 64, 128})
     if (p.hidden_size / columns >= num_sms * 2 / 3) d.slice_columns = columns;
   const int h_blocks = int(p.hidden_size / kScaleBlock), i_blocks = int(p.intermediate_size / kScaleBlock);
-  if (p.hidden_states_are_bf16() && tokens * p.hidden_size > kMostTokenElements)
-    d.quantize_ctas = int(CeilDiv(tokens * h_blocks, 16));
-  // NOTE: tokens that were quantised come as codes, and the workspace has room for f16 of half as many slots.
-  d.gemm1.value_bytes = d.token_tiles == 1 && d.quantize_ctas == 0 ? kHalfBytes : kCodeBytes;
+  const bool fresh = p.hidden_states_are_bf16() && tokens * p.hidden_size > kMostTokenElements;
+  if (fresh) d.quantize_ctas = int(CeilDiv(tokens * h_blocks, 16));
+  // As f16 where that is little memory. NOTE: the workspace has room for f16 of half as many slots.
+  const auto value_bytes = [&](int64_t columns) {
+    return d.token_tiles == 1 && tokens * columns <= kMostTokenElements ? kHalfBytes : kCodeBytes;
+  };
+  d.gemm1.value_bytes = value_bytes(p.hidden_size);
   d.gemm2.value_bytes =
-      d.token_tiles == 1 && p.expanded_rows() * kHalfBytes <= kMaxDecodeSlots ? kHalfBytes : kCodeBytes;
+      p.expanded_rows() * kHalfBytes <= kMaxDecodeSlots ? value_bytes(p.intermediate_size) : kCodeBytes;
   const auto gemm2_bytes = [&](int h_buffers) {
     return int(
         DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers, d.gemm2.value_bytes).bytes);
@@ -88,14 +97,15 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles, d.gemm1.value_bytes).bytes);
   const int h_bytes = gemm2_bytes(1) - gemm2_bytes(0);
   d.h_buffers = std::clamp(kHBytes * d.gemm2.value_bytes / h_bytes, 2, kMaxHBuffers);
-  int gemm2_ring = kGemm2RingBytes;
+  const int64_t gemm1_tile = kDecodeGemm1Rows * p.hidden_size, gemm2_tile = d.slice_columns * p.intermediate_size;
+  int gemm2_ring = kGemm2Ring.of_tile(gemm2_tile, fresh);
   const bool lone = d.h_buffers < std::min<int64_t>(p.expanded_rows(), kEnoughHBuffers);
   if (lone) {
     d.h_buffers = std::clamp(kLoneHBytes / h_bytes, 2, kMaxHBuffers);
-    gemm2_ring = kGemm2LoneRingBytes;
+    gemm2_ring = kGemm2LoneRing.of_tile(gemm2_tile, fresh);
   }
-  const bool gemm1_fits =
-      FitTile(p, p.hidden_size, kDecodeGemm1Rows, kGemm1RingBytes, gemm1_other, kMoreThanHalf, &d.gemm1);
+  const bool gemm1_fits = FitTile(p, p.hidden_size, kDecodeGemm1Rows, kGemm1Ring.of_tile(gemm1_tile, fresh),
+                                  gemm1_other, kMoreThanHalf, &d.gemm1);
   const bool gemm2_fits =
       FitTile(p, p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(d.h_buffers), 0, &d.gemm2);
   d.used = gemm1_fits && gemm2_fits;
@@ -168,11 +178,13 @@ std::string Explain(const Problem& p, int num_sms) {
     return text.str();
   }
   const std::string format = p.mx() ? "1x32" : "1x128", values = c.tokens_are_values ? " as bf16 values" : " e4m3";
+  const bool few = c.block_rows == kFewRows;
   if (p.batch_invariant) text << "batch invariant: grouped kernels at every size\n";
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
        << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + values + " on the side" : "")
        << "\n"
-       << "gemm1 and gemm2: " << c.gemm_kernel << ", " << c.gemm_grid << " CTAs, 16 to " << c.block_rows << " tokens\n"
+       << "gemm1 and gemm2: " << c.gemm_kernel << ", " << c.gemm_grid << " CTAs, " << (few ? 8 : 16) << " to "
+       << c.block_rows << " tokens\n"
        << "gemm1: " << (p.gated() ? "(128+128) rows" : "256 rows") << ", gathered A, activation + " << format << values
        << ", " << c.gemm1_columns << " column tiles\n"
        << "gemm2: 256 rows, bf16, " << CeilDiv(Y2Columns(p), kSlabStep) << " column tiles\n"

@@ -102,45 +102,81 @@ DEVICE float scaled_by_halves(float product, uint32_t a, uint32_t b) {
   return product * __uint_as_float(low << 23) * __uint_as_float((sum - low) << 23);
 }
 
-// sums[t] += the rows times tokens 8 t + ..., with the words of four scales of this thread's two rows and of its two
-// tokens of each tile.
+// Bytes that are scales from 2^-63 to 2^64, of all four in a word: 0x80 each.
+DEVICE uint32_t near_one(uint32_t word) { return (word ^ word << 1) & 0x80808080; }
+
+// The words of four scales of this thread's two rows and of its two tokens of each tile.
+template <int kTokenTiles>
+struct MxWords {
+  const uint32_t (&rows)[2];
+  const uint32_t (&tokens)[kTokenTiles][2];
+
+  // Rows' scales from 2^-63 to 2^64, tokens' to 2^63, of the whole warp: none is NaN, and the product of two is a
+  // float32.
+  DEVICE bool near() const {
+    uint32_t near = near_one(rows[0]) & near_one(rows[1]);
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) near &= near_one(tokens[t][i]) & near_one(tokens[t][i] + 0x01010101);
+    }
+    return __all_sync(~0u, near == 0x80808080);
+  }
+  // sums += products under their scales, of 32 of K, number `block`.
+  template <bool kNear>
+  DEVICE void add(float (&sums)[kTokenTiles][4], const float (&product)[kTokenTiles][4], int block) const {
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t row = rows[i / 2], token = tokens[t][i % 2];
+        if constexpr (kNear) {
+          const uint32_t exponents = row - 0x40404040 + (token - 0x3F3F3F3F);  // of four scales
+          sums[t][i] += product[t][i] * __uint_as_float((exponents >> 8 * block & 255) << 23);
+        } else {
+          sums[t][i] += scaled_by_halves(product[t][i], row >> 8 * block & 255, token >> 8 * block & 255);
+        }
+      }
+    }
+  }
+};
+
+// sums[t] += the rows times tokens 8 t + ..., under their scales.
 template <int kValueBytes, int kTokenTiles>
 DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int pitch, int last_token,
-                              const uint32_t (&row_words)[2], const uint32_t (&token_words)[kTokenTiles][2]) {
-  // All scales from 2^-63 to 2^64: there one scale after the other is right, and none is NaN.
-  uint32_t plain = (row_words[0] ^ row_words[0] << 1) & (row_words[1] ^ row_words[1] << 1);
+                              const MxWords<kTokenTiles>& words) {
+  const auto multiply = [](float (&product)[kTokenTiles][4], const auto& lo, const auto& hi, const auto& b, int first) {
 #pragma unroll
-  for (int t = 0; t < kTokenTiles; ++t) {
+    for (int t = 0; t < kTokenTiles; ++t) {
+      mma_m16n8k16_f16(product[t], lo[0], lo[1], hi[0], hi[1], b[t][first][0], b[t][first][1]);
+      mma_m16n8k16_f16(product[t], lo[2], lo[3], hi[2], hi[3], b[t][first + 1][0], b[t][first + 1][1]);
+    }
+  };
+  if constexpr (kTokenTiles == 1) {  // with room for the products of all scales, before these are looked at
+    float product[kMxScales][kTokenTiles][4] = {};
+    for_each_32<kTokenTiles, kValueBytes>(rows, tokens, pitch, last_token,
+                                          [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
+                                            multiply(product[block], lo, hi, b, first);
+                                          });
+    if (__builtin_expect(words.near(), 1)) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) plain &= token_words[t][i] ^ token_words[t][i] << 1;
+      for (int block = 0; block < kMxScales; ++block) words.template add<true>(sums, product[block], block);
+    } else {
+#pragma unroll
+      for (int block = 0; block < kMxScales; ++block) words.template add<false>(sums, product[block], block);
+    }
+  } else {
+    const bool near = words.near();
+    for_each_32<kTokenTiles, kValueBytes>(rows, tokens, pitch, last_token,
+                                          [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
+                                            float product[kTokenTiles][4] = {};
+                                            multiply(product, lo, hi, b, first);
+                                            if (__builtin_expect(near, 1))
+                                              words.template add<true>(sums, product, block);
+                                            else
+                                              words.template add<false>(sums, product, block);
+                                          });
   }
-  const bool all_plain = __all_sync(~0u, (plain & 0x80808080) == 0x80808080);
-  for_each_32<kTokenTiles, kValueBytes>(
-      rows, tokens, pitch, last_token, [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
-        float product[kTokenTiles][4] = {};
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) {
-          mma_m16n8k16_f16(product[t], lo[0], lo[1], hi[0], hi[1], b[t][first][0], b[t][first][1]);
-          mma_m16n8k16_f16(product[t], lo[2], lo[3], hi[2], hi[3], b[t][first + 1][0], b[t][first + 1][1]);
-        }
-        const auto scale = [&](uint32_t word) { return word >> (8 * block) & 255; };
-        if (__builtin_expect(all_plain, 1)) {
-#pragma unroll
-          for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              sums[t][i] += product[t][i] * __uint_as_float(scale(row_words[i / 2]) << 23) *
-                            __uint_as_float(scale(token_words[t][i % 2]) << 23);
-          }
-        } else {
-#pragma unroll
-          for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              sums[t][i] += scaled_by_halves(product[t][i], scale(row_words[i / 2]), scale(token_words[t][i % 2]));
-          }
-        }
-      });
 }
 
 // Shuffled weights: the row of 16 that is stored as row r.

@@ -36,8 +36,10 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
   const WeightStream& s = p.stream;
   RingCursor at;
   const int num_tiles = fixed.experts.count * p.num_tiles;
+  MxScaleLoader<1> scales(p.mx, kDecodeGemm1Rows, s.chunks);
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
     const Tile tile = tile_at(p, fixed.experts, t, apart);
+    if constexpr (kMx) scales.place([&](int r) { return r < 16 ? tile.first + r : tile.second + r - 16; });
     const int y = tile.expert * s.expert_y, z = tile.expert * s.expert_z;
     for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
       fixed.ring.wait_empty(at);
@@ -47,9 +49,7 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
         tma_load_3d(to, map, 0, y + tile.first, z + step * s.chunks, full);
         tma_load_3d(to + s.stage_bytes / 2, map, 0, y + tile.second, z + step * s.chunks, full);
       }
-      if constexpr (kMx)
-        load_mx_scales(p.mx, ring + s.mx_scales_of_stage(at.stage()), kDecodeGemm1Rows, step * s.chunks, s.chunks,
-                       tile.expert, full, [&](int r) { return r < 16 ? tile.first + r : tile.second + r - 16; });
+      if constexpr (kMx) scales.load(ring + s.mx_scales_of_stage(at.stage()), tile.expert, step * s.chunks, full);
     }
   }
   if constexpr (kMx) finish_mx_scales();
@@ -282,6 +282,7 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
       share.for_blocks(s, step, round, [&](int chunk, int in_stage, int number) {
         const uint32_t w = rows + in_stage * 2048, tokens_at = x + chunk * (128 * kValueBytes);
         if constexpr (kMx) {
+          const uint32_t row_words[2] = {words[in_stage], words[8 * s.chunks + in_stage]};
           uint32_t token_words[kTokenTiles][2];
 #pragma unroll
           for (int n = 0; n < kTokenTiles; ++n) {
@@ -289,7 +290,7 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
             for (int i = 0; i < 2; ++i) token_words[n][i] = __float_as_uint(token_scale[n][i][chunk]);
           }
           multiply_mx_chunk<kValueBytes>(sums, w, tokens_at, token_pitch(s.k_blocks, kValueBytes), p.num_tokens - 1,
-                                         {words[in_stage], words[8 * s.chunks + in_stage]}, token_words);
+                                         MxWords<kTokenTiles>{row_words, token_words});
         } else {
           const float scale = scales.at(number);
           float product[kTokenTiles][4];

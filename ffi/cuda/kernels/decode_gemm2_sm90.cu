@@ -24,7 +24,9 @@ template <bool kMx>
 DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
   RingCursor at;
+  MxScaleLoader<4> scales(p.mx, p.slice_rows, s.chunks);
   for (int row = blockIdx.x * p.slice_rows; row < p.hidden; row += gridDim.x * p.slice_rows) {
+    if constexpr (kMx) scales.place([&](int r) { return row + r; });
     for (int a = 0; a < fixed.experts.count; ++a) {
       const int expert = fixed.experts.expert[a];
       for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
@@ -35,9 +37,7 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
           tma_load_3d(ring + at.stage() * s.stage_bytes, map, 0, expert * s.expert_y + row,
                       expert * s.expert_z + step * s.chunks, full);
         }
-        if constexpr (kMx)
-          load_mx_scales(p.mx, ring + s.mx_scales_of_stage(at.stage()), p.slice_rows, step * s.chunks, s.chunks, expert,
-                         full, [&](int r) { return row + r; });
+        if constexpr (kMx) scales.load(ring + s.mx_scales_of_stage(at.stage()), expert, step * s.chunks, full);
       }
     }
   }
@@ -144,6 +144,7 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
           share.for_blocks(s, step, round, [&](int chunk, int in_stage, int number) {
             const uint32_t w = rows + in_stage * groups * 2048, x = values + chunk * (128 * kValueBytes);
             if constexpr (kMx) {
+              const uint32_t row_words[2] = {words[in_stage], words[8 * s.chunks + in_stage]};
               uint32_t token_words[kTokenTiles][2];
 #pragma unroll
               for (int n = 0; n < kTokenTiles; ++n) {
@@ -152,7 +153,7 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
                   token_words[n][i] = routed[n][i] ? __float_as_uint(row_scale[n][i][chunk]) : kMxOnes;
               }
               multiply_mx_chunk<kValueBytes>(of_expert, w, x, token_pitch(s.k_blocks, kValueBytes), p.num_tokens - 1,
-                                             {words[in_stage], words[8 * s.chunks + in_stage]}, token_words);
+                                             MxWords<kTokenTiles>{row_words, token_words});
             } else {
               const float scale = scales.at(number);
               float product[kTokenTiles][4];

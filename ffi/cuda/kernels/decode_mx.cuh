@@ -14,44 +14,70 @@ inline constexpr uint32_t kMxOnes = 0x7F7F7F7F;
 // The scales of weights [L, rows, K], in the caller's layout, beside their WeightStream.
 struct MxScaleStream {
   const uint8_t* bytes;
-  int64_t expert_bytes;
-  int k_blocks;    // K / 128
-  int step;        // bytes from one 128 of K to the next: 4, or 512 where they are interleaved 128x4
-  int copy_bytes;  // 4, or more where the words of a stage are neighbours
-  bool grid;       // 32x32
-  int half_rows;   // of a grid, where up and gate rows take turns: those of a half; else 0
+  int64_t expert_bytes;  // at most 4 GiB
+  int k_blocks;          // K / 128
+  int step;              // bytes from one 128 of K to the next: 4, or 512 where they are interleaved 128x4
+  int copy_bytes;        // 4, or more where the words of a stage are neighbours
+  bool grid;             // 32x32
+  int half_rows;         // of a grid, where up and gate rows take turns: those of a half; else 0
 
-  // Those of a row of memory. NOTE: a grid is in the order of plain rows whatever the order of the weights is. Where up
-  // and gate rows take turns, groups of eight rows are all up or all gate rows.
-  DEVICE const uint8_t* of_row(int expert, int row) const {
-    const uint8_t* first = bytes + expert * expert_bytes;
+  // Where, in an expert's, those of a row of memory begin. NOTE: a grid is in the order of plain rows whatever the
+  // order of the weights is. Where up and gate rows take turns, groups of eight rows are all up or all gate rows.
+  DEVICE uint32_t offset(int row) const {
     if (grid) row = half_rows ? row / 8 % 2 * (half_rows / 32) + row / 64 : row / 32;
-    if (step == 4) return first + int64_t(row) * k_blocks * 4;
-    return first + int64_t(row / 128) * k_blocks * 512 + row % 32 * 16 + row % 128 / 32 * 4;
+    if (step == 4) return uint32_t(row) * k_blocks * 4;
+    return uint32_t(row / 128) * k_blocks * 512 + row % 32 * 16 + row % 128 / 32 * 4;
   }
 };
 
-// By a whole warp: asks for the words of `chunks` K blocks from `chunk` on, to words [rows][chunks] at `to`, and makes
-// every lane arrive on `barrier` once its own have landed. row_at(r) is the row of memory of row r.
-template <class RowAt>
-DEVICE void load_mx_scales(const MxScaleStream& s, uint32_t to, int rows, int chunk, int chunks, int expert,
-                           uint32_t barrier, const RowAt& row_at) {
-  const int lane = threadIdx.x % 32, rows_at_once = min(rows, 32), words = s.copy_bytes / 4;
-  const int first = lane / rows_at_once * words, step = 32 / rows_at_once * words;
-  for (int r = lane % rows_at_once; r < rows; r += rows_at_once) {
-    const uint8_t* from = s.of_row(expert, row_at(r)) + int64_t(chunk) * s.step;
-    for (int i = first; i < chunks && chunk + i < s.k_blocks; i += step) {
-      const uint32_t word = to + (r * chunks + i) * 4;
-      if (words == 4)
-        cp_async_16(word, from + i * s.step);
-      else if (words == 2)
-        cp_async_8(word, from + i * s.step);
-      else
-        cp_async_4(word, from + i * s.step);
-    }
+// By a whole warp, beside the boxes of a stage: asks for the words of its rows, 16 or a multiple of 32 up to 32 kMine.
+// NOTE: with as little as possible for a stage, or the warp would take longer than the memory.
+template <int kMine>
+class MxScaleLoader {
+ public:
+  DEVICE MxScaleLoader(const MxScaleStream& stream, int rows, int chunks)
+      : s_(stream), rows_(rows), chunks_(chunks), words_(stream.copy_bytes / 4) {
+    const int lane = threadIdx.x % 32;
+    row_ = rows < 32 ? lane % 16 : lane;
+    first_ = rows < 32 ? lane / 16 * words_ : 0;
   }
-  cp_async_arrive(barrier);
-}
+  // Rows of tiles to come: row_at(r) is the row of memory of row r.
+  template <class RowAt>
+  DEVICE void place(const RowAt& row_at) {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i)
+      if (i == 0 || row_ + 32 * i < rows_) offset_[i] = s_.offset(row_at(row_ + 32 * i)) + first_ * s_.step;
+  }
+  // An expert's words of the K blocks from `chunk` on, to [rows][chunks] at `to`; every lane arrives on `barrier` once
+  // its own have landed.
+  DEVICE void load(uint32_t to, int expert, int chunk, uint32_t barrier) const {
+    const uint8_t* from = s_.bytes + expert * s_.expert_bytes + chunk * s_.step;
+    const int count = min(chunks_, s_.k_blocks - chunk), by = rows_ < 32 ? 2 * words_ : words_;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      if (i > 0 && row_ + 32 * i >= rows_) break;
+      const uint32_t word = to + (row_ + 32 * i) * chunks_ * 4;
+      const uint8_t* of_row = from + offset_[i];
+      for (int block = first_; block < count; block += by, of_row += by * s_.step) copy(word + block * 4, of_row);
+    }
+    cp_async_arrive(barrier);
+  }
+
+ private:
+  DEVICE void copy(uint32_t to, const uint8_t* from) const {
+    if (words_ == 4)
+      cp_async_16(to, from);
+    else if (words_ == 2)
+      cp_async_8(to, from);
+    else
+      cp_async_4(to, from);
+  }
+
+  const MxScaleStream& s_;
+  int rows_, chunks_, words_;  // words of a request
+  int row_, first_;            // this lane's first row, and its first K block of a stage
+  uint32_t offset_[kMine];
+};
 
 // After the last of them: the copies of a thread that is still there are certain to arrive.
 DEVICE void finish_mx_scales() {

@@ -1,5 +1,5 @@
 // Persistent warp-specialised grouped FP8 GEMMs, tokens A times weights B[expert]: GEMM1 with its activation, then
-// GEMM2, in one kernel. Tile 256 weight rows x up to 128 tokens, or up to 32 with a longer ring; two math warpgroups,
+// GEMM2, in one kernel. Tile 256 weight rows x up to 128 tokens, or up to 32 with more stages; two math warpgroups,
 // one producer warpgroup. Many tokens make a wide tile, few a narrow one (warpgroup.cuh). What scales there are is a
 // Format's to say: what a stage is, which scales producer threads put there (Feed), how a math thread multiplies it.
 #pragma once
@@ -49,11 +49,13 @@ struct GemmSharedMemory {
   }
 };
 
-// Calls use(a number of tokens known to the compiler), at least `tokens`, at most kMost, in steps of 16.
+// Calls use(a number of tokens known to the compiler), at least `tokens`: kTokens, or more of 16, 32 and
+// multiples of 32, at most kMost.
 template <int kMost, int kTokens, class Use>
 DEVICE void with_tokens(int tokens, const Use& use) {
+  constexpr int kNext = kTokens < 32 ? 2 * kTokens : kTokens + 32;
   if constexpr (kTokens < kMost) {
-    if (tokens > kTokens) return with_tokens < kMost, kTokens<32 ? 2 * kTokens : kTokens + 32>(tokens, use);
+    if (tokens > kTokens) return with_tokens<kMost, kNext>(tokens, use);
   }
   use(std::integral_constant<int, kTokens>());
 }

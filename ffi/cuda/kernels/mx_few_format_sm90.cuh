@@ -19,7 +19,7 @@ struct MxFewFormat {
   static constexpr int kStages = 4, kInFlight = 3;
   static constexpr int kMaxTokens = kFewRows, kNarrowTokens = kMaxTokens, kTokenPlanes = 1, kFewestTokens = 8;
   struct alignas(16) Factors {
-    float factor[kMxScales][kMaxTokens];  // of a token; made of the words that come to the first
+    float factor[kMxScales][kMaxTokens];  // halves of a token's scales; made of the words that come to the first
   };
   static constexpr int kMostWords = 4;
   using Landing = MxLanding<kMostWords>;
@@ -49,7 +49,7 @@ struct MxFewFormat {
       tokens_.for_each(0, [&](int token, const float*) {
         const uint32_t word = __float_as_uint(stage.factors.factor[0][token]);
 #pragma unroll
-        for (int s = 0; s < kMxScales; ++s) stage.factors.factor[s][token] = mx_scale(word, s);
+        for (int s = 0; s < kMxScales; ++s) stage.factors.factor[s][token] = .5f * mx_scale(word, s);
       });
     }
 
@@ -63,66 +63,61 @@ struct MxFewFormat {
   template <int kTokens, class Release>
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                      const Release& release) {
-    Operands from(stage, wg);
-    if (__builtin_expect(words_of(stage).template any_above<kMostNearByte>(wg), 0)) {
-      multiply_far<kTokens>(from, sums);
-    } else {
-      float acc[kMxScales * 2][kTokens / 2];
+    const uint64_t tokens = wgmma_descriptor(smem_address(stage.operands.tokens));
+    const uint64_t weights =
+        wgmma_descriptor(smem_address(stage.operands.weights[0]) + wg.index * kWarpgroupRows * kBlockK);
+    float acc[kMxScales * 2][kTokens / 2];
 #pragma unroll
-      for (int i = 0; i < kMxScales * 2; ++i) from.start(acc[i], i / 2, i % 2, 0);
-      float2 tokens[kMxScales][kTokens / 8];  // their factors, loaded in the shadow of the wgmmas
-#pragma unroll
-      for (int i = 0; i < kMxScales * (kTokens / 8); ++i)
-        tokens[i % kMxScales][i / kMxScales] =
-            load_shared_f32x2(from.factors + (i % kMxScales * kMaxTokens + i / kMxScales * 8) * 4);
-#pragma unroll
-      for (int i = 0; i < kMxScales * 2; ++i) {
-        wait_for_one_of(kMxScales * 2 - i);
-        promote(acc[i], from.row(i / 2, i % 2), tokens[i / 2], sums[i % 2]);
-      }
+    for (int i = 0; i < kMxScales * 2; ++i) {
+      register_fence(acc[i]);
+      wgmma_fence();
+      wgmma_m64k32_e4m3(acc[i], weights + i / 2 * 2 + i % 2 * (kHalfRows * kBlockK / 16), tokens + i / 2 * 2, 0);
+      wgmma_commit();
+      register_fence(acc[i]);
     }
+    // The rest in their shadow.
+    StageScales<kTokens> scales(stage, wg);
+    if (__builtin_expect(scales.any_far(), 0))
+      add<true>(acc, scales, sums);
+    else
+      add<false>(acc, scales, sums);
     release();
   }
 
  private:
-  // Of 32 products e4m3 each, a sum is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale it is a
-  // float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to the other side.
-  static constexpr uint32_t kMostNearByte = 231;  // kFarScale's
-  static constexpr float kFarScale = 0x1p104f, kShift = 0x1p40f, kLargest = 0x1p127f;
+  // Of 32 products e4m3 each, a sum is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale, and times
+  // two, it is a float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to
+  // the other side.
+  static constexpr uint32_t kMostNearByte = 230;  // kFarScale's
+  static constexpr float kFarScale = 0x1p103f, kShift = 0x1p40f, kLargest = 0x1p127f;
 
-  struct Operands {
-    uint64_t tokens, weights;
-    uint32_t factors;     // of this thread's tokens
-    uint32_t word[2][2];  // of a half and this thread's row v
+  // What a thread needs of a stage.
+  template <int kTokens>
+  struct StageScales {
+    uint32_t word[2][2];                    // of a half and this thread's row v
+    float2 tokens[kMxScales][kTokens / 8];  // halves of scales
 
-    DEVICE Operands(const Stage& stage, const WarpgroupContext& wg)
-        : tokens(wgmma_descriptor(smem_address(stage.operands.tokens))),
-          weights(wgmma_descriptor(smem_address(stage.operands.weights[0]) + wg.index * kWarpgroupRows * kBlockK)),
-          factors(smem_address(&stage.factors.factor[0][2 * wg.quad()])) {
+    DEVICE StageScales(const Stage& stage, const WarpgroupContext& wg) {
+      const auto words = words_of(stage);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         word[i / 2][i % 2] =
-            words_of(stage).of_row(i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8);
-    }
-    // The scales of this thread's two rows of a half.
-    DEVICE float2 row(int s, int half) const {
-      return make_float2(mx_scale(word[half][0], s), mx_scale(word[half][1], s));
-    }
-    // d = the products of 32 of K, s times 32 further, a half and some tokens from `first` on, once they are there.
-    template <int kCount>
-    DEVICE void start(float (&d)[kCount], int s, int half, int first) const {
-      register_fence(d);
-      wgmma_fence();
-      wgmma_m64k32_e4m3(d, weights + 2 * s + half * (kHalfRows * kBlockK / 16), tokens + 2 * s + first * (kBlockK / 16),
-                        0);
-      wgmma_commit();
-      register_fence(d);
-    }
-    // To the next 32 of K.
-    DEVICE void advance() {
-      tokens += 2, weights += 2, factors += kMaxTokens * 4;
+            words.of_row(i / 2 * kHalfRows + wg.index * kWarpgroupRows + wg.fragment_row() + i % 2 * 8);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) word[i / 2][i % 2] >>= 8;
+      for (int i = 0; i < kMxScales * (kTokens / 8); ++i)
+        tokens[i % kMxScales][i / kMxScales] =
+            load_shared_f32x2(smem_address(&stage.factors.factor[i % kMxScales][i / kMxScales * 8 + 2 * wg.quad()]));
+    }
+    // Of the warp.
+    DEVICE bool any_far() const {
+      uint32_t above = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) above |= bytes_above<kMostNearByte>(word[i / 2][i % 2]);
+      return __any_sync(~0u, above != 0);
+    }
+    // Twice a row's scale, at most 2 kFarScale: no exception for the smallest, half of which is no exponent.
+    DEVICE float twice(int half, int v, int s) const {
+      return __uint_as_float((word[half][v] + 0x01010101 >> 8 * s & 255) << 23);
     }
   };
 
@@ -135,44 +130,28 @@ struct MxFewFormat {
     wgmma_wait<kMost - 1>();
   }
 
-  // sums += acc * scale of the row * scale of the token.
-  template <int kCount>
-  static DEVICE void promote(float (&acc)[kCount], float2 row, const float2 (&tokens)[kCount / 4], float* sums) {
-    register_fence(acc);
+  // sums += acc * scale of the row * scale of the token, each when it is there.
+  template <bool kFar, int kTokens>
+  static DEVICE void add(float (&acc)[kMxScales * 2][kTokens / 2], const StageScales<kTokens>& scales,
+                         float (&sums)[2][64]) {
 #pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const float2 token = tokens[i / 4];
-      sums[i] = __fmaf_rn(acc[i] * row.x, token.x, sums[i]);
-      sums[i + 1] = __fmaf_rn(acc[i + 1] * row.x, token.y, sums[i + 1]);
-      sums[i + 2] = __fmaf_rn(acc[i + 2] * row.y, token.x, sums[i + 2]);
-      sums[i + 3] = __fmaf_rn(acc[i + 3] * row.y, token.y, sums[i + 3]);
-    }
-  }
-
-  // The same where a row's scale is far.
-  template <int kTokens>
-  static DEVICE void multiply_far(Operands from, float (&sums)[2][64]) {
-    float acc[8];
-#pragma unroll 1
-    for (int s = 0; s < kMxScales; ++s, from.advance()) {
+    for (int i = 0; i < kMxScales * 2; ++i) {
+      const int s = i / 2, half = i % 2;
+      wait_for_one_of(kMxScales * 2 - i);
+      register_fence(acc[i]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 row = from.row(0, half);
-#pragma unroll
-        for (int first = 0; first < kTokens; first += 16) {
-          from.start(acc, 0, half, first);
-          wgmma_wait();
-          register_fence(acc);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float scale = i / 2 % 2 == 0 ? row.x : row.y;
-            const bool shift = scale > kFarScale;
-            float token = load_shared_f32(from.factors + (first + i / 4 * 8 + i % 2) * 4) * (shift ? kShift : 1.f);
-            token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
-            float& sum = sums[half][first / 2 + i];
-            sum = __fmaf_rn(acc[i] * (shift ? scale / kShift : scale), token, sum);
-          }
+      for (int j = 0; j < kTokens / 2; ++j) {
+        const int v = j / 2 % 2;
+        const float2 two = scales.tokens[s][j / 4];
+        float row = kFar ? mx_scale(scales.word[half][v], s) : scales.twice(half, v, s);
+        float token = j % 2 == 0 ? two.x : two.y;
+        if constexpr (kFar) {
+          const bool shift = row > kFarScale;
+          token *= shift ? 2 * kShift : 2.f;
+          token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
+          row = shift ? row / kShift : row;
         }
+        sums[half][j] = __fmaf_rn(acc[i][j] * row, token, sums[half][j]);
       }
     }
   }

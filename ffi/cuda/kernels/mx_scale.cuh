@@ -13,6 +13,13 @@ DEVICE uint32_t mx_scale_bits(uint32_t byte) { return byte << 23 | ((byte + 1) %
 // Scale s of a word.
 DEVICE float mx_scale(uint32_t word, int s) { return __uint_as_float(mx_scale_bits(word >> 8 * s & 255)); }
 
+// Whether a scale of a word is above a byte: 0, or not.
+template <uint32_t kByte>
+DEVICE uint32_t bytes_above(uint32_t word) {
+  static_assert(kByte >= 128, "found by the high bit and the others");
+  return ((word & 0x7F7F7F7F) + (255 - kByte) * 0x01010101) & word & 0x80808080;
+}
+
 // The scale of 32 values with that largest magnitude. NOTE: there is none for an infinity: NaN.
 DEVICE uint32_t mx_block_scale(float amax) {
   const uint32_t bits = __float_as_uint(amax);

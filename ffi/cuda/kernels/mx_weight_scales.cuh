@@ -114,14 +114,12 @@ struct MxWordsOfBlock {
   // together.
   template <uint32_t kByte>
   DEVICE bool any_above(const WarpgroupContext& wg) const {
-    static_assert(kByte >= 128, "found by the high bit and the others");
-    uint32_t any = 0;
+    uint32_t above = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t word = of_row(wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + i * 16 + wg.lane() % 16);
-      any |= ((word & 0x7F7F7F7F) + (255 - kByte) * 0x01010101) & word;
-    }
-    return __any_sync(~0u, (any & 0x80808080) != 0);
+    for (int i = 0; i < 4; ++i)
+      above |=
+          bytes_above<kByte>(of_row(wg.lane() / 16 * kHalfRows + wg.index * kWarpgroupRows + i * 16 + wg.lane() % 16));
+    return __any_sync(~0u, above != 0);
   }
 };
 

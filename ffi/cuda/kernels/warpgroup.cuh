@@ -1,6 +1,6 @@
 // A math warpgroup and its 128 float32 sums a thread. Tiles of many tokens are wide: tokens on the M side of wgmma,
 // this warpgroup has 64 of them times all 256 weight rows. Tiles of few are narrow: weight rows on the M side, this
-// warpgroup has 64 of each half times all tokens, in steps of 16 tokens.
+// warpgroup has 64 of each half times all tokens, in a few sizes.
 #pragma once
 #include "ptx.cuh"
 
