@@ -261,7 +261,7 @@ MX_FACTORS: tuple[dict[str, dict[str, Any]], ...] = (
 def _mx_cases() -> list[Case]:
     """MxFp8: sizes, each option alone, all of them in pairs, and what is not ordinary."""
     cases = [Case(f"mx_t{tokens}", tokens, inter=128, **MX) for tokens in (0, 1, 8, 129, 257)]  # H/32 is 8
-    shapes = ((128, 128), (384, 128), (128, 384), (896, 384), (640, 896))
+    shapes = ((128, 128), (384, 128), (128, 384), (896, 384), (640, 896), (512, 512), (512, 384), (1024, 768))
     cases += [Case(f"mx_h{h}_i{i}", 33, h, i, 4, **MX) for h, i in shapes]
     cases += [Case(name, 53, 256, 256, 8, 3, **option) for name, option in MX_OPTIONS.items()]
     rows = (17, 33, 49, 65, 97, 128, 129)

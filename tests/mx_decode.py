@@ -41,6 +41,10 @@ def _cases() -> list[Case]:
         Case("mx_none_local", 7, 256, 128, 16, 4, (0, 3), "none_local", **MX),
         Case("mx_apart", 9, 256, 128, 16, 4, topk_weights="float32", **MX),
         Case("mx_quantised_ahead", 16, 2048, 128, 8, 2, **MX | BF16),
+        # Too many elements to be f16 in shared memory: tokens, given or quantised ahead, and h.
+        Case("mx_long_x", 8, 2304, 128, 4, 1, **MX),
+        Case("mx_long_x_bf16", 8, 2304, 128, 4, 1, **MX | BF16),
+        Case("mx_long_h", 8, 128, 2304, 2, 1, **MX),
     ]
     extreme = Case("", 9, 256, 256, 8, 3, seed=2, **MX)
     for name in ("nan_x_scale", "nan_gemm1_scale", "nan_gemm2_scale", "nan_both_scales", "smallest_x_scale"):

@@ -40,8 +40,8 @@ constexpr int64_t kFewExpectedRows = 20, kMxFewExpectedRows = 28;
 // Up to as many, tokens and h are held as f16.
 constexpr int kMostTokenElements = 16 * 1024;
 // NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
-// beside the end of an earlier kernel. gemm2 fits beside it: its CTAs, one an SM, have their first weights when gemm1
-// ends.
+// beside the end of an earlier kernel; gemm2, one CTA an SM, would fit beside it. (Today's 75 to 96 registers a thread
+// keep any two of them apart; with as few as it takes both kernels were slower.)
 constexpr int kMoreThanHalf = 120 * 1024;
 constexpr int kBothSharedBytes = kSharedBytesOfSm - 2 * kReservedSharedBytes;
 
