@@ -87,9 +87,11 @@ def problem_of(cell: Cell, arrays: Set, options: Options) -> Problem:
 
 
 def laid_out(weights: Set, layout: str) -> tuple[Set, Options]:
-    """The weights in a layout other than the plain one, and the options of a call."""
-    from jax_moe.bench.layouts import weight_layouts  # needs torch
+    """The weights in a layout of bench/layouts.py, and the options of a call. Raises ValueError for another name."""
+    from jax_moe.bench.layouts import LAYOUTS, weight_layouts  # needs torch
 
+    if layout not in LAYOUTS:
+        raise ValueError(f"turns: --weights must be one of {', '.join(LAYOUTS)}, got {layout}")
     made, changes = weight_layouts(weights, [layout])[layout]
     return made, Options(**changes)
 
@@ -111,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     options = parser.parse_args(arguments)
     device = open_device(options.device)
+    if options.weights != "plain" and device.kind != "gpu":
+        parser.error(f"turns: --weights must be plain on a CPU, got {options.weights}: torch lays them out on a GPU")
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         builds = [load_build(path, Path(folder) / str(i)) for i, path in enumerate(options.builds)]

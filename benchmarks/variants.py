@@ -29,7 +29,9 @@ from jax_moe.bench.paths import whole_layer
 from jax_moe.bench.timing import CudaGraph, medians_by_turns
 from jax_moe.bench.workload import Cell, Routing, draw_routings, number_of_sets, parse_shape
 
-CELLS = "qwen3_30b:1,qwen3_30b:16,qwen3_30b:64,qwen3_30b:4096,dsv3_e32:1,dsv3_e32:16,dsv3_e32:64,dsv3_e32:4096"
+CELLS = (
+    "qwen3_30b:1,qwen3_30b:4,qwen3_30b:16,qwen3_30b:64,qwen3_30b:4096,dsv3_e32:1,dsv3_e32:16,dsv3_e32:64,dsv3_e32:4096"
+)
 ROUNDS, REPEATS, PAUSE = 5, 4, 0.03
 
 

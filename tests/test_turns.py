@@ -51,3 +51,12 @@ def test_a_wheel_without_the_extension_is_refused(turns: ModuleType, tmp_path: P
         archive.writestr("jax_moe/__init__.py", "")
     with pytest.raises(ValueError, match=r"turns: .*other.whl must be a wheel with jax_moe/_native"):
         turns.load_build(wheel, tmp_path)
+
+
+def test_layouts_are_for_a_gpu_and_known(turns: ModuleType, library: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        turns.main([str(library), "--weights", "MxFp8 1x32", "--device", "cpu"])
+    assert "--weights must be plain on a CPU, got MxFp8 1x32" in capsys.readouterr().err
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"turns: --weights must be one of plain, .*, got MxFp4"):
+        turns.laid_out({}, "MxFp4")
