@@ -178,14 +178,13 @@ def test_results_are_the_references(emulator: emulated.Emulator, case: cases.Cas
 @pytest.mark.parametrize(
     "sizes",
     [
-        *(
-            (1, 7168, 256, 2, 1),
-            (1, 2048, 256, 8, 8),
-            (4, 2048, 768, 8, 2),
-            (16, 2048, 256, 8, 2),
-            (1, 1024, 2048, 2, 1),
-        ),
-        *((8, 2304, 128, 4, 1), (8, 128, 2304, 2, 1)),  # more than is held as f16, of x and of h
+        (1, 7168, 256, 2, 1),
+        (1, 2048, 256, 8, 8),
+        (4, 2048, 768, 8, 2),
+        (16, 2048, 256, 8, 2),
+        (1, 1024, 2048, 2, 1),
+        (8, 2304, 128, 4, 1),  # more of x than is held as f16
+        (8, 128, 2304, 2, 1),  # of h
     ],
     ids=lambda sizes: "x".join(map(str, sizes)),
 )

@@ -58,21 +58,13 @@ class MxScaleLoader {
       if (i > 0 && row_ + 32 * i >= rows_) break;
       const uint32_t word = to + (row_ + 32 * i) * chunks_ * 4;
       const uint8_t* of_row = from + offset_[i];
-      for (int block = first_; block < count; block += by, of_row += by * s_.step) copy(word + block * 4, of_row);
+      for (int block = first_; block < count; block += by, of_row += by * s_.step)
+        cp_async_words(word + block * 4, of_row, words_);
     }
     cp_async_arrive(barrier);
   }
 
  private:
-  DEVICE void copy(uint32_t to, const uint8_t* from) const {
-    if (words_ == 4)
-      cp_async_16(to, from);
-    else if (words_ == 2)
-      cp_async_8(to, from);
-    else
-      cp_async_4(to, from);
-  }
-
   const MxScaleStream& s_;
   int rows_, chunks_, words_;  // words of a request
   int row_, first_;            // this lane's first row, and its first K block of a stage

@@ -75,7 +75,8 @@ struct MxFewFormat {
       wgmma_commit();
       register_fence(acc[i]);
     }
-    // The rest in their shadow.
+    // The rest in their shadow. NOTE: each warp decides for itself, and one with far rows waits in add<true>; PTX asks
+    // a warpgroup to wait at one instruction. On an H200 every test of far scales is right.
     StageScales<kTokens> scales(stage, wg);
     if (__builtin_expect(scales.any_far(), 0))
       add<true>(acc, scales, sums);

@@ -74,7 +74,8 @@ class MxWeightWords {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const int row = thread_ + i * kThreads;
-      if (row < kCount) copy(to + row * MxLanding<kMostWords>::kStride, scales_.words + at_[i], count);
+      if (row < kCount)
+        cp_async_words<kMostWords>(to + row * MxLanding<kMostWords>::kStride, scales_.words + at_[i], count);
       at_[i] += scales_.step() * count;
     }
   }
@@ -88,15 +89,6 @@ class MxWeightWords {
 
  private:
   static constexpr int kCount = 2 * kHalfRows, kMine = (kCount + kThreads - 1) / kThreads;
-
-  static DEVICE void copy(uint32_t to, const uint32_t* from, uint32_t count) {
-    if (kMostWords >= 4 && count == 4)
-      cp_async_16(to, from);
-    else if (count == 2)
-      cp_async_8(to, from);
-    else
-      cp_async_4(to, from);
-  }
 
   const MxWeightScales& scales_;
   const GemmShape& shape_;
