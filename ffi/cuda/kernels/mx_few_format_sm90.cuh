@@ -75,13 +75,18 @@ struct MxFewFormat {
       wgmma_commit();
       register_fence(acc[i]);
     }
-    // The rest in their shadow. NOTE: each warp decides for itself, and one with far rows waits in add<true>; PTX asks
-    // a warpgroup to wait at one instruction. On an H200 every test of far scales is right.
+    // The rest in their shadow. Far or not is a warp's own affair; all of a warpgroup wait at the same instructions.
     StageScales<kTokens> scales(stage, wg);
-    if (__builtin_expect(scales.any_far(), 0))
-      add<true>(acc, scales, sums);
-    else
-      add<false>(acc, scales, sums);
+    const bool far = scales.any_far();
+#pragma unroll
+    for (int i = 0; i < kMxScales * 2; ++i) {
+      wait_for_one_of(kMxScales * 2 - i);
+      register_fence(acc[i]);
+      if (__builtin_expect(far, 0))
+        add<true>(acc[i], scales, i / 2, i % 2, sums[i % 2]);
+      else
+        add<false>(acc[i], scales, i / 2, i % 2, sums[i % 2]);
+    }
     release();
   }
 
@@ -131,29 +136,22 @@ struct MxFewFormat {
     wgmma_wait<kMost - 1>();
   }
 
-  // sums += acc * scale of the row * scale of the token, each when it is there.
-  template <bool kFar, int kTokens>
-  static DEVICE void add(float (&acc)[kMxScales * 2][kTokens / 2], const StageScales<kTokens>& scales,
-                         float (&sums)[2][64]) {
+  // sums += acc * scale of the row * scale of the token.
+  template <bool kFar, int kTokens, int kCount>
+  static DEVICE void add(float (&acc)[kCount], const StageScales<kTokens>& scales, int s, int half, float* sums) {
 #pragma unroll
-    for (int i = 0; i < kMxScales * 2; ++i) {
-      const int s = i / 2, half = i % 2;
-      wait_for_one_of(kMxScales * 2 - i);
-      register_fence(acc[i]);
-#pragma unroll
-      for (int j = 0; j < kTokens / 2; ++j) {
-        const int v = j / 2 % 2;
-        const float2 two = scales.tokens[s][j / 4];
-        float row = kFar ? mx_scale(scales.word[half][v], s) : scales.twice(half, v, s);
-        float token = j % 2 == 0 ? two.x : two.y;
-        if constexpr (kFar) {
-          const bool shift = row > kFarScale;
-          token *= shift ? 2 * kShift : 2.f;
-          token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
-          row = shift ? row / kShift : row;
-        }
-        sums[half][j] = __fmaf_rn(acc[i][j] * row, token, sums[half][j]);
+    for (int j = 0; j < kCount; ++j) {
+      const int v = j / 2 % 2;
+      const float2 two = scales.tokens[s][j / 4];
+      float row = kFar ? mx_scale(scales.word[half][v], s) : scales.twice(half, v, s);
+      float token = j % 2 == 0 ? two.x : two.y;
+      if constexpr (kFar) {
+        const bool shift = row > kFarScale;
+        token *= shift ? 2 * kShift : 2.f;
+        token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
+        row = shift ? row / kShift : row;
       }
+      sums[j] = __fmaf_rn(acc[j] * row, token, sums[j]);
     }
   }
 };
