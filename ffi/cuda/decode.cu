@@ -8,16 +8,22 @@
 namespace jax_moe::cuda {
 namespace {
 
-// Weights [L, rows, k] in the caller's layout, in boxes of box_rows x `tile.chunks` K blocks.
-Status DescribeStream(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k, int box_rows,
-                      const DecodeTile& tile, CUtensorMap* map, WeightStream* stream) {
+// Weights [L, rows, k] in the caller's layout, in tiles of tile_rows and boxes of box_rows x `tile.chunks` K blocks.
+Status DescribeStream(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k, int tile_rows,
+                      int box_rows, const DecodeTile& tile, CUtensorMap* map, WeightStream* stream) {
   const int64_t k_blocks = k / kScaleBlock, experts = c.p.local_num_experts;
+  const StageShares shares(tile_rows, tile.teams);
   const bool block_major = c.p.block_major_k();
   *stream = {Floats(scale),
              int(rows),
              int(k_blocks),
              tile.chunks,
              tile.steps,
+             shares.teams,
+             shares.groups,
+             shares.split,
+             shares.blocks_of_stage(tile.chunks),
+             shares.blocks_of_tile(tile.chunks, tile.steps),
              block_major ? 0 : int(rows),
              block_major ? int(k_blocks) : 0,
              tile.stages,
@@ -58,7 +64,7 @@ Status DecodeGemm1(const Call& c) {
   DecodeGemm1Parameters p{};
   CUtensorMap map;
   Status s = DescribeStream(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(),
-                            c.p.hidden_size, 16, d.gemm1, &map, &p.stream);
+                            c.p.hidden_size, kDecodeGemm1Rows, 16, d.gemm1, &map, &p.stream);
   if (!s.ok()) return s;
   p.slots = c.slot_experts();
   p.num_tokens = int(c.p.num_tokens);
@@ -108,7 +114,7 @@ Status DecodeGemm2(const Call& c) {
   DecodeGemm2Parameters p{};
   CUtensorMap map;
   Status s = DescribeStream(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, c.p.hidden_size,
-                            c.p.intermediate_size, d.slice_columns, d.gemm2, &map, &p.stream);
+                            c.p.intermediate_size, d.slice_columns, d.slice_columns, d.gemm2, &map, &p.stream);
   if (!s.ok()) return s;
   p.slots = c.slot_experts();
   p.weights = c.slot_weights();

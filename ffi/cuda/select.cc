@@ -20,14 +20,11 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Bytes in flight an SM: under 64 KiB the memory is read visibly slower; far more only make everything else that is
 // read, tokens, scales and h, wait behind weights. Stages of 16 KiB, where K and the rows allow.
 constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
-struct RingBytes {
-  int most, of_long;  // of_long: where a tile has more than `most`, and tokens do not come from a kernel before
-  int of_tile(int64_t bytes, bool tokens_wait) const { return bytes > most && !tokens_wait ? of_long : most; }
-};
-constexpr RingBytes kGemm1Ring{96 * 1024, 128 * 1024};
-constexpr RingBytes kGemm2Ring{72 * 1024, 96 * 1024}, kGemm2LoneRing{96 * 1024, 128 * 1024};
+constexpr int kRingBytes = 96 * 1024;
+// Of gemm1, where a tile has more than that, and tokens do not come from a kernel before.
+constexpr int kLongRingBytes = 128 * 1024;
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
-constexpr int kHBytes = 24 * 1024, kLoneHBytes = 96 * 1024, kEnoughHBuffers = 6, kLeastHBuffers = 5;
+constexpr int kHBytes = 96 * 1024;
 // Local slots, and bytes of weights, to expect, beyond which the grouped kernels are level or faster: they cost some
 // microseconds more before and behind the weights, but read 5 to 8 % faster.
 constexpr int64_t kMostExpectedSlots = 48;
@@ -39,14 +36,13 @@ constexpr int64_t kFewExpectedRows = 20, kMxFewExpectedRows = 28;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 // Up to as many, tokens and h are held as f16.
 constexpr int kMostTokenElements = 16 * 1024;
-// NOTE: gemm1 asks for more than half an SM's shared memory, else two of its CTAs would share an SM when they start
-// beside the end of an earlier kernel; gemm2, one CTA an SM, would fit beside it. (Today's 75 to 96 registers a thread
-// keep any two of them apart; with as few as it takes both kernels were slower.)
+// NOTE: a decode kernel asks for more than half an SM's shared memory, else two of its CTAs might share an SM when they
+// start beside the end of an earlier kernel.
 constexpr int kMoreThanHalf = 120 * 1024;
-constexpr int kBothSharedBytes = kSharedBytesOfSm - 2 * kReservedSharedBytes;
 
-bool FitTile(const Problem& p, int64_t k, int rows, int ring_bytes, int other_bytes, int least_shared_bytes,
-             DecodeTile* tile) {
+// `most_teams`: of math warps, where a tile is one stage, which is then one team's from its first scale to its last
+// sum. Where it is several, every team has some of each tile.
+bool FitTile(const Problem& p, int64_t k, int rows, int ring_bytes, int other_bytes, int most_teams, DecodeTile* tile) {
   const int k_blocks = int(k / kScaleBlock);
   const int most_chunks = std::max(kStageBytes / (rows * int(kScaleBlock)), 1);
   tile->steps = int(CeilDiv(k_blocks, most_chunks));
@@ -54,9 +50,14 @@ bool FitTile(const Problem& p, int64_t k, int rows, int ring_bytes, int other_by
   tile->stage_bytes = rows * tile->chunks * int(kScaleBlock);
   const int scale_bytes = p.mx() ? int(mx_stage_bytes(tile->stage_bytes)) : 0, left = kMaxSharedBytes - other_bytes;
   const int room = std::min<int64_t>(ring_bytes, int64_t(left) * tile->stage_bytes / (tile->stage_bytes + scale_bytes));
-  tile->stages = std::min(room / tile->stage_bytes, kMaxRingStages) / StageShares::kTeams * StageShares::kTeams;
-  tile->shared_bytes = std::max(tile->stages * (tile->stage_bytes + scale_bytes) + other_bytes, least_shared_bytes);
-  return room >= kLeastRingBytes && StageShares(rows).blocks_of_tile(tile->chunks, tile->steps) <= 32;
+  const int stages = std::min(room / tile->stage_bytes, kMaxRingStages);
+  tile->teams = kFewestTeams;
+  if (tile->steps == 1)
+    while (tile->teams < kMostTeams && 2 * tile->teams <= std::min({stages, most_teams, kDecodeWarps * 16 / rows}))
+      tile->teams *= 2;
+  tile->stages = stages / tile->teams * tile->teams;
+  tile->shared_bytes = std::max(tile->stages * (tile->stage_bytes + scale_bytes) + other_bytes, kMoreThanHalf);
+  return room >= kLeastRingBytes && StageShares(rows, tile->teams).blocks_of_tile(tile->chunks, tile->steps) <= 32;
 }
 
 // Of the weights of local experts that some token asks for, if all experts are as likely.
@@ -95,30 +96,15 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
         DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers, d.gemm2.value_bytes).bytes);
   };
   const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles, d.gemm1.value_bytes).bytes);
-  const int h_bytes = gemm2_bytes(1) - gemm2_bytes(0);
-  d.h_buffers = std::clamp(kHBytes * d.gemm2.value_bytes / h_bytes, 2, kMaxHBuffers);
-  const int64_t gemm1_tile = kDecodeGemm1Rows * p.hidden_size, gemm2_tile = d.slice_columns * p.intermediate_size;
-  int gemm2_ring = kGemm2Ring.of_tile(gemm2_tile, fresh);
-  const bool lone = d.h_buffers < std::min<int64_t>(p.expanded_rows(), kEnoughHBuffers);
-  if (lone) {
-    d.h_buffers = std::clamp(kLoneHBytes / h_bytes, 2, kMaxHBuffers);
-    gemm2_ring = kGemm2LoneRing.of_tile(gemm2_tile, fresh);
-  }
-  const bool gemm1_fits = FitTile(p, p.hidden_size, kDecodeGemm1Rows, kGemm1Ring.of_tile(gemm1_tile, fresh),
-                                  gemm1_other, kMoreThanHalf, &d.gemm1);
+  d.h_buffers = std::clamp(kHBytes / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);
+  const bool is_long = kDecodeGemm1Rows * p.hidden_size > kRingBytes && !fresh;
+  const bool gemm1_fits = FitTile(p, p.hidden_size, kDecodeGemm1Rows, is_long ? kLongRingBytes : kRingBytes,
+                                  gemm1_other, kFewestTeams, &d.gemm1);
   const bool gemm2_fits =
-      FitTile(p, p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(d.h_buffers), 0, &d.gemm2);
+      FitTile(p, p.intermediate_size, d.slice_columns, kRingBytes, gemm2_bytes(d.h_buffers), d.h_buffers, &d.gemm2);
+  // NOTE: as with stages of the ring.
+  if (d.gemm2.steps == 1) d.h_buffers = d.h_buffers / d.gemm2.teams * d.gemm2.teams;
   d.used = gemm1_fits && gemm2_fits;
-  // The scales of MxFp8 take a little more: rows of h make room where that is enough.
-  const int beside = kBothSharedBytes - d.gemm1.shared_bytes;
-  for (int buffers = d.h_buffers - 1; p.mx() && d.gemm2.shared_bytes > beside && buffers >= kLeastHBuffers; --buffers) {
-    DecodeTile tile = d.gemm2;
-    FitTile(p, p.intermediate_size, d.slice_columns, gemm2_ring, gemm2_bytes(buffers), 0, &tile);
-    if (tile.shared_bytes > beside) continue;
-    d.gemm2 = tile;
-    d.h_buffers = buffers;
-  }
-  if (d.gemm2.shared_bytes > beside) d.gemm2.shared_bytes = std::max(d.gemm2.shared_bytes, kMoreThanHalf);
   d.overlap_previous = true;
   const int64_t most_tiles = std::min(p.expanded_rows(), p.local_num_experts) * (p.gemm1_rows() / kDecodeGemm1Rows);
   d.gemm1.grid = int(std::min<int64_t>(num_sms, most_tiles));

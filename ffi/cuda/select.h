@@ -8,11 +8,11 @@
 namespace jax_moe::cuda {
 
 inline constexpr int kMaxSharedBytes = 232448;  // dynamic shared memory that one CTA may have
-inline constexpr int kSharedBytesOfSm = 233472, kReservedSharedBytes = 1024;  // the system takes 1 KiB a CTA
 
 // A stage of a decode kernel's ring holds `chunks` blocks of 128 of K; a tile's K takes `steps` of them.
 struct DecodeTile {
   int chunks, steps;
+  int teams;  // of math warps (decode_layout.h)
   int stages, stage_bytes;
   int shared_bytes;
   int grid;

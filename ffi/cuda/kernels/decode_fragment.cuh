@@ -8,29 +8,38 @@
 
 namespace jax_moe::cuda {
 
-// Calls multiply(32 of 128, the rows' f16 values, those of the tokens): of a tile t, b[t][first] and b[t][first + 1].
-// Tokens past `last_token` repeat it.
-template <int kTokenTiles, int kValueBytes, class Multiply>
-DEVICE void for_each_32(uint32_t rows, uint32_t tokens, int pitch, int last_token, const Multiply& multiply) {
+// Where, from a block of 16 rows of weights, a lane begins to read: 32 of 128 number i are there ^ 32 i, since blocks
+// are aligned. Matrices: rows 0-7 and 8-15 of a piece, then of the next one.
+DEVICE uint32_t lane_rows() {
+  const int row = threadIdx.x % 16, piece = threadIdx.x % 32 / 16;
+  return row * 128 + ((piece ^ (row & 7)) << 4);
+}
+// The same of a tile of 8 tokens, rows of `pitch` bytes, as many bytes on for each piece. Matrices: four pieces of 16
+// bytes. Tokens past `last_token` repeat it.
+DEVICE uint32_t lane_tokens(int tile, int pitch, int last_token) {
   const int lane = threadIdx.x % 32;
-  const int row = lane % 16, row_piece = lane / 16;  // matrices: rows 0-7 and 8-15 of a piece, then of the next one
-  const int token_piece = lane / 8;                  // matrices: four pieces of 16 bytes
+  return min(8 * tile + lane % 8, last_token) * pitch + lane / 8 * 16;
+}
+
+// Calls multiply(32 of 128, the rows' f16 values, those of the tokens): of a tile t, b[t][first] and b[t][first + 1].
+// `rows` and `tokens`: this lane's.
+template <int kTokenTiles, int kValueBytes, class Multiply>
+DEVICE void for_each_32(uint32_t rows, const uint32_t (&tokens)[kTokenTiles], const Multiply& multiply) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t b[kTokenTiles][4][2];
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
-      const int token = min(8 * t + lane % 8, last_token);
       uint32_t loaded[4];
       if constexpr (kValueBytes == kHalfBytes) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-          load_matrix_x4(loaded, tokens + token * pitch + ((4 * half + i) * 2 + token_piece) * 16);
+          load_matrix_x4(loaded, tokens[t] + (4 * half + i) * 32);
           b[t][i][0] = loaded[0], b[t][i][1] = loaded[1];
           b[t][i + 1][0] = loaded[2], b[t][i + 1][1] = loaded[3];
         }
       } else {
-        load_matrix_x4(loaded, tokens + token * pitch + (4 * half + token_piece) * 16);
+        load_matrix_x4(loaded, tokens[t] + half * 64);
 #pragma unroll
         for (int i = 0; i < 4; ++i) e4m3x4_to_f16x4(loaded[i], b[t][i][0], b[t][i][1]);
       }
@@ -38,7 +47,7 @@ DEVICE void for_each_32(uint32_t rows, uint32_t tokens, int pitch, int last_toke
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       uint32_t codes[4], lo[4], hi[4];
-      load_matrix_x4(codes, rows + row * 128 + (((4 * half + 2 * pair + row_piece) ^ (row & 7)) << 4));
+      load_matrix_x4(codes, rows ^ (2 * half + pair) * 32);
 #pragma unroll
       for (int i = 0; i < 4; ++i) e4m3x4_to_f16x4(codes[i], lo[i], hi[i]);
       multiply(2 * half + pair, lo, hi, b, 2 * pair);
@@ -48,8 +57,7 @@ DEVICE void for_each_32(uint32_t rows, uint32_t tokens, int pitch, int last_toke
 
 // product[t] = the rows times tokens 8 t + ..., as mma_m16n8k16_f16 leaves it.
 template <int kValueBytes, int kTokenTiles>
-DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int pitch,
-                           int last_token) {
+DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, const uint32_t (&tokens)[kTokenTiles]) {
   float odd[kTokenTiles][4] = {};  // two chains of dependent instructions instead of one
 #pragma unroll
   for (int t = 0; t < kTokenTiles; ++t) {
@@ -57,7 +65,7 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
     for (int i = 0; i < 4; ++i) product[t][i] = 0.f;
   }
   for_each_32<kTokenTiles, kValueBytes>(
-      rows, tokens, pitch, last_token, [&](int, const auto& lo, const auto& hi, const auto& b, int first) {
+      rows, tokens, [&](int, const auto& lo, const auto& hi, const auto& b, int first) {
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
           mma_m16n8k16_f16(product[t], lo[0], lo[1], hi[0], hi[1], b[t][first][0], b[t][first][1]);
@@ -74,15 +82,15 @@ DEVICE void multiply_chunk(float (&product)[kTokenTiles][4], uint32_t rows, uint
 // The same for the tiles that have one of the tokens `named` (bits), other products are left 0: with few tokens an
 // expert most of them need one tile of two, and a tile costs half as many conversions as the weights do.
 template <int kValueBytes, int kTokenTiles>
-DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uint32_t rows, uint32_t tokens, int pitch,
-                           int last_token) {
+DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uint32_t rows,
+                           const uint32_t (&tokens)[kTokenTiles]) {
   static_assert(kTokenTiles == 1 || kTokenTiles == 2, "at most one tile to leave out");
   if constexpr (kTokenTiles == 2) {
     const bool first = (named & 0xFF) != 0, second = named >> 8 != 0;
     if (first != second) {
       float one[1][4];
-      const int skipped = second ? 8 : 0;
-      multiply_chunk<kValueBytes>(one, rows, tokens + skipped * pitch, pitch, last_token - skipped);
+      const uint32_t tile[1] = {second ? tokens[1] : tokens[0]};
+      multiply_chunk<kValueBytes>(one, rows, tile);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         product[0][i] = first ? one[0][i] : 0.f;
@@ -91,7 +99,7 @@ DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uin
       return;
     }
   }
-  multiply_chunk<kValueBytes>(product, rows, tokens, pitch, last_token);
+  multiply_chunk<kValueBytes>(product, rows, tokens);
 }
 
 // MxFp8: a product under two E8M0 scales, whatever they are. NOTE: the scales' product may leave float32 where the
@@ -109,7 +117,15 @@ DEVICE uint32_t near_one(uint32_t word) { return (word ^ word << 1) & 0x80808080
 template <int kTokenTiles>
 struct MxWords {
   const uint32_t (&rows)[2];
-  const uint32_t (&tokens)[kTokenTiles][2];
+  uint32_t tokens[kTokenTiles][2];
+
+  DEVICE MxWords(const uint32_t (&rows)[2], const float (&token_words)[kTokenTiles][2]) : rows(rows) {
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) tokens[t][i] = __float_as_uint(token_words[t][i]);
+    }
+  }
 
   // Rows' scales from 2^-63 to 2^64, tokens' to 2^63, of the whole warp: none is NaN, and the product of two is a
   // float32.
@@ -143,7 +159,7 @@ struct MxWords {
 
 // sums[t] += the rows times tokens 8 t + ..., under their scales.
 template <int kValueBytes, int kTokenTiles>
-DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, uint32_t tokens, int pitch, int last_token,
+DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, const uint32_t (&tokens)[kTokenTiles],
                               const MxWords<kTokenTiles>& words) {
   const auto multiply = [](float (&product)[kTokenTiles][4], const auto& lo, const auto& hi, const auto& b, int first) {
 #pragma unroll
@@ -154,7 +170,7 @@ DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, uint
   };
   if constexpr (kTokenTiles == 1) {  // with room for the products of all scales, before these are looked at
     float product[kMxScales][kTokenTiles][4] = {};
-    for_each_32<kTokenTiles, kValueBytes>(rows, tokens, pitch, last_token,
+    for_each_32<kTokenTiles, kValueBytes>(rows, tokens,
                                           [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
                                             multiply(product[block], lo, hi, b, first);
                                           });
@@ -167,7 +183,7 @@ DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, uint
     }
   } else {
     const bool near = words.near();
-    for_each_32<kTokenTiles, kValueBytes>(rows, tokens, pitch, last_token,
+    for_each_32<kTokenTiles, kValueBytes>(rows, tokens,
                                           [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
                                             float product[kTokenTiles][4] = {};
                                             multiply(product, lo, hi, b, first);

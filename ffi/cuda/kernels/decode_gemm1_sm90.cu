@@ -1,7 +1,6 @@
 // GEMM1 of a small call. One warp finds the active experts and streams their weights. Sixteen quantise the tokens once,
 // then multiply, each its share of a tile, up rows or gate rows. One lists the tokens of the experts, then adds up the
 // shares of every tile and finishes it, while the others are at the next.
-#include "decode_fragment.cuh"
 #include "decode_gemm_sm90.cuh"
 #include "fp8.cuh"
 
@@ -17,6 +16,7 @@ struct Fixed {
   PipelineBarriers<1> tokens;           // full: fresh tokens have landed
   ActiveExperts experts;                // the producer's
   ActiveTokens active;
+  WarpScales scales[kDecodeWarps];
 };
 static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
 
@@ -26,7 +26,7 @@ struct Tile {  // 16 rows from `first` on and 16 from `second` on: up and gate, 
 
 // `apart`: up rows are before all gate rows. Where they take turns, neighbours have both.
 DEVICE Tile tile_at(const DecodeGemm1Parameters& p, const ActiveExperts& experts, int t, bool apart) {
-  const int a = t / p.num_tiles, index = t - a * p.num_tiles, first = index * (apart ? 16 : 32);
+  const int a = divide(t, p.num_tiles), index = t - a * p.num_tiles, first = index * (apart ? 16 : 32);
   return {a, experts.expert[a], index, first, first + (apart ? p.intermediate : 16)};
 }
 
@@ -236,13 +236,12 @@ DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Paramete
   }
 }
 
-// `memory` is `ring` as a pointer.
 template <int kTokenTiles, bool kMx, int kValueBytes>
-DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_t x, float* x_scale, float* partial,
+DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, float* partial,
                      const DecodeGemm1Parameters& p, bool apart) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const WarpShare share(s, kDecodeGemm1Rows);
+  const WarpShare share(s, false);
   TokenLoader<kMx, kValueBytes> tokens(p, x, x_scale);  // of fresh tokens, nothing
   // Arrivals: all math threads and the producer's warp. Publishes the experts.
   named_barrier_sync(kExpertsBarrier, kDecodeMathThreads + 32);
@@ -253,61 +252,52 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
     const Tile tile = tile_at(p, fixed.experts, t, apart);
     return {tile.expert, share.group() == 0 ? tile.first : tile.second};
   };
-  std::conditional_t<kMx, NoScaleQueue, ScaleQueue> scales(s, share, find);
+  std::conditional_t<kMx, NoScaleQueue, ScaleQueue> scales(s, share, find, smem_address(&fixed.scales[warp]));
   if (p.x_is_fresh)
     fixed.tokens.wait_full(PipelineCursor<1>());
   else
     tokens.finish();
   // Arrivals: all math threads and the finishing warp. Publishes the tokens and who names them.
   named_barrier_sync(kTokensBarrier, kDecodeMathThreads + 32);
-  const float* token_scale[kTokenTiles][2];  // of this thread's two columns of a tile
-#pragma unroll
-  for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      token_scale[n][i] = x_scale + min(n * 8 + lane % 4 * 2 + i, p.num_tokens - 1) * scale_pitch(s.k_blocks);
-  }
-  int number = 0, stage = 0;  // of this CTA's tiles; the tile's first, of all stages
-  RingCursor ring_at;
+  scales.wait();
+  const LaneAddresses<kTokenTiles, kMx, kValueBytes> at(s, share, ring, s.chunks * 2048, x, smem_address(x_scale),
+                                                        p.num_tokens);
+  int number = 0;  // of this CTA's tiles
+  WarpStages stages(s, share);
   PipelineCursor<kTileBuffers> sums_at;
-  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, stage += s.steps, sums_at.advance()) {
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, sums_at.advance()) {
     float sums[kTokenTiles][4] = {};
-    const uint32_t named = fixed.active.tokens[t / p.num_tiles];
-    RingCursor at = ring_at;
-    at.advance(s.stages, share.first_step(stage));
-    for (int step = share.first_step(stage), round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
-      fixed.ring.wait_full(at);
-      const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * s.chunks * 2048;
-      const uint32_t* words = stage_words<kMx>(s, memory, at.stage(), share.group());
-      share.for_blocks(s, step, round, [&](int chunk, int in_stage, int number) {
-        const uint32_t w = rows + in_stage * 2048, tokens_at = x + chunk * (128 * kValueBytes);
+    const uint32_t named = kTokenTiles > 1 ? fixed.active.tokens[t / p.num_tiles] : 0;
+    int block = 0;  // of this warp's in the tile
+    stages.for_tile(s, share, fixed.ring, [&](int stage, int step) {
+      const uint32_t rows = at.rows + stage * s.stage_bytes;
+      const uint32_t words = at.words_of(s, stage);
+      share.for_blocks(s, step, [&](int chunk, int in_stage) {
+        uint32_t tokens[kTokenTiles];
+        float token_scale[kTokenTiles][2];
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          tokens[n] = at.tokens[n] + chunk * (128 * kValueBytes);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) token_scale[n][i] = load_shared_f32(at.scales[n][i] + chunk * 4);
+        }
         if constexpr (kMx) {
-          const uint32_t row_words[2] = {words[in_stage], words[8 * s.chunks + in_stage]};
-          uint32_t token_words[kTokenTiles][2];
-#pragma unroll
-          for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) token_words[n][i] = __float_as_uint(token_scale[n][i][chunk]);
-          }
-          multiply_mx_chunk<kValueBytes>(sums, w, tokens_at, token_pitch(s.k_blocks, kValueBytes), p.num_tokens - 1,
-                                         MxWords<kTokenTiles>{row_words, token_words});
+          const uint32_t row_words[2] = {load_shared_u32(words + in_stage * 4),
+                                         load_shared_u32(words + (8 * s.chunks + in_stage) * 4)};
+          multiply_mx_chunk<kValueBytes>(sums, rows + in_stage * 2048, tokens,
+                                         MxWords<kTokenTiles>(row_words, token_scale));
         } else {
-          const float scale = scales.at(number);
+          const float scale = scales.at(block++);
           float product[kTokenTiles][4];
-          multiply_named<kValueBytes>(product, named, w, tokens_at, token_pitch(s.k_blocks, kValueBytes),
-                                      p.num_tokens - 1);
+          multiply_named<kValueBytes>(product, named, rows + in_stage * 2048, tokens);
 #pragma unroll
           for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[n][i] += scale * token_scale[n][i % 2][chunk] * product[n][i];
+            for (int i = 0; i < 4; ++i) sums[n][i] += scale * token_scale[n][i % 2] * product[n][i];
           }
         }
       });
-      __syncwarp();
-      if (lane == 0) fixed.ring.release(at);
-      at.advance(s.stages, StageShares::kTeams);
-    }
-    ring_at.advance(s.stages, s.steps);
+    });
     scales.advance(s, share, find, ++number);
     fixed.sums.wait_empty(sums_at);
 #pragma unroll
@@ -316,6 +306,7 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
           make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
     mbarrier_arrive(fixed.sums.full_address(sums_at.stage()));
   }
+  scales.finish();
 }
 
 template <int kTokenTiles, bool kMx, int kValueBytes>
@@ -328,7 +319,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(kFullArrivals<kMx>, StageShares(kDecodeGemm1Rows).warps());
+    fixed.ring.initialize(kFullArrivals<kMx>, p.stream.team_warps());
     fixed.sums.initialize(kDecodeMathThreads, 32);
     fixed.tokens.initialize(1, 1);
   }
@@ -355,7 +346,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     }
     finish<kTokenTiles, kMx>(fixed, reinterpret_cast<const float*>(memory + layout.partial), p, apart);
   } else {
-    multiply<kTokenTiles, kMx, kValueBytes>(fixed, memory, smem_address(memory), smem_address(memory + layout.x),
+    multiply<kTokenTiles, kMx, kValueBytes>(fixed, smem_address(memory), smem_address(memory + layout.x),
                                             reinterpret_cast<float*>(memory + layout.x_scale),
                                             reinterpret_cast<float*>(memory + layout.partial), p, apart);
   }

@@ -1,7 +1,6 @@
 // GEMM2 of a small call. A CTA owns a slice of the output's columns and walks all active experts: one warp streams
 // their weights, from before GEMM1's end on, one their rows of h; sixteen multiply and keep the weighted sum over
 // experts in registers, so that no row of a single expert is ever stored. Experts are summed in ascending order.
-#include "decode_fragment.cuh"
 #include "decode_gemm_sm90.cuh"
 #include "fp8.cuh"
 
@@ -16,6 +15,7 @@ struct Fixed {
   PipelineBarriers<kMaxHBuffers> h;
   ActiveExperts experts;  // the producer's
   ActiveTokens active;
+  WarpScales scales[kDecodeWarps];
 };
 static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
 
@@ -94,97 +94,101 @@ DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* 
   }
 }
 
-// `memory` is `ring` as a pointer.
 template <int kTokenTiles, bool kMx, int kValueBytes>
-DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_t h, const float* h_scale,
-                     const float* token_weight, float* partial, const DecodeGemm2Parameters& p) {
+DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, uint32_t h_scale, const float* token_weight,
+                     float* partial, const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = p.slice_rows / 16;
-  const WarpShare share(s, p.slice_rows);
+  const WarpShare share(s, s.steps == 1);
   const ActiveTokens& active = fixed.active;
   const int count = active.experts.count;
   const auto find = [&](int i) -> ScaleQueue::Place {
-    const int slice = i / max(count, 1), first = (int(blockIdx.x) + slice * int(gridDim.x)) * p.slice_rows;
+    const int slice = divide(i, max(count, 1)), first = (int(blockIdx.x) + slice * int(gridDim.x)) * p.slice_rows;
     if (count == 0 || first >= p.hidden) return {-1, 0};
     return {active.experts.expert[i - slice * count], first};
   };
-  std::conditional_t<kMx, NoScaleQueue, ScaleQueue> scales(s, share, find);
-  int number = 0, stage = 0;  // of this CTA's experts; the expert's first, of all stages
-  RingCursor ring_at, h_at;
-  for (int first = blockIdx.x * p.slice_rows; first < p.hidden; first += gridDim.x * p.slice_rows) {
+  std::conditional_t<kMx, NoScaleQueue, ScaleQueue> scales(s, share, find, smem_address(&fixed.scales[warp]));
+  const LaneAddresses<kTokenTiles, kMx, kValueBytes> at(s, share, ring, 2048, h, h_scale, p.num_tokens);
+  scales.wait();
+  int number = 0;                 // of this warp's tiles, experts of a slice
+  int tile = share.first_tile();  // of this CTA's
+  WarpStages stages(s, share);
+  RingCursor h_at;
+  h_at.advance(p.h_buffers, tile);
+  int begin = 0;  // the slice's first tile
+  for (int first = blockIdx.x * p.slice_rows; first < p.hidden; first += gridDim.x * p.slice_rows, begin += count) {
     float sums[kTokenTiles][4] = {};
-    for (int a = 0; a < count; ++a, stage += s.steps, h_at.advance(p.h_buffers)) {
+    for (; tile < begin + count; tile += share.tile_step()) {
+      const int a = tile - begin;
+      // Of this thread's two tokens of a tile of tokens. NOTE: a token that is not routed here is left out, not
+      // multiplied by 0: no NaN of another token's expert gets in.
+      const uint32_t named = active.tokens[a];
+      float weight[kTokenTiles][2];
+      bool routed[kTokenTiles][2];
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int token = n * 8 + lane % 4 * 2 + i;
+          routed[n][i] = named >> token & 1;
+          weight[n][i] = token_weight[a * p.num_tokens + min(token, p.num_tokens - 1)];
+        }
+      }
       fixed.h.wait_full(h_at);
-      if (const int first_step = share.first_step(stage); first_step < s.steps) {
-        // Routing weights and scales of this thread's two tokens of a tile. NOTE: a token that is not routed here is
-        // left out, not multiplied by 0: no NaN of another token's expert gets in.
-        float weight[kTokenTiles][2];
-        bool routed[kTokenTiles][2];
-        const float* row_scale[kTokenTiles][2];
+      const uint32_t h_offset = h_at.stage() * tokens_bytes(s.k_blocks, p.num_tokens, kValueBytes);
+      const uint32_t scale_offset = h_at.stage() * scales_bytes(s.k_blocks, p.num_tokens);
+      float of_expert[kTokenTiles][4] = {};  // MxFp8: without the routing weight
+      const bool has_part = stages.has_part(s);
+      int block = 0;  // of this warp's in the tile
+      stages.for_tile(s, share, fixed.ring, [&](int stage, int step) {
+        const uint32_t rows = at.rows + stage * s.stage_bytes;
+        const uint32_t words = at.words_of(s, stage);
+        share.for_blocks(s, step, [&](int chunk, int in_stage) {
+          uint32_t tokens[kTokenTiles];
+          float row_scale[kTokenTiles][2];
+#pragma unroll
+          for (int n = 0; n < kTokenTiles; ++n) {
+            tokens[n] = at.tokens[n] + h_offset + chunk * (128 * kValueBytes);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) row_scale[n][i] = load_shared_f32(at.scales[n][i] + scale_offset + chunk * 4);
+          }
+          if constexpr (kMx) {
+            const uint32_t row_words[2] = {load_shared_u32(words + in_stage * 4),
+                                           load_shared_u32(words + (8 * s.chunks + in_stage) * 4)};
+#pragma unroll
+            for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+              for (int i = 0; i < 2; ++i)
+                if (!routed[n][i]) row_scale[n][i] = __uint_as_float(kMxOnes);
+            }
+            multiply_mx_chunk<kValueBytes>(of_expert, rows + in_stage * groups * 2048, tokens,
+                                           MxWords<kTokenTiles>(row_words, row_scale));
+          } else {
+            const float scale = scales.at(block++);
+            float product[kTokenTiles][4];
+            multiply_named<kValueBytes>(product, named, rows + in_stage * groups * 2048, tokens);
+#pragma unroll
+            for (int n = 0; n < kTokenTiles; ++n) {
+              const float factor[2] = {scale * row_scale[n][0] * weight[n][0], scale * row_scale[n][1] * weight[n][1]};
+#pragma unroll
+              for (int i = 0; i < 4; ++i)
+                if (routed[n][i % 2]) sums[n][i] += factor[i % 2] * product[n][i];
+            }
+          }
+        });
+      });
+      if constexpr (kMx) {
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int token = n * 8 + lane % 4 * 2 + i;
-            routed[n][i] = active.names(a, token);
-            weight[n][i] = token_weight[a * p.num_tokens + min(token, p.num_tokens - 1)];
-            row_scale[n][i] = h_scale + h_at.stage() * (scales_bytes(s.k_blocks, p.num_tokens) / 4) +
-                              min(token, p.num_tokens - 1) * scale_pitch(s.k_blocks);
-          }
-        }
-        const uint32_t named = active.tokens[a];
-        const uint32_t values = h + h_at.stage() * tokens_bytes(s.k_blocks, p.num_tokens, kValueBytes);
-        float of_expert[kTokenTiles][4] = {};  // MxFp8: without the routing weight
-        RingCursor at = ring_at;
-        at.advance(s.stages, first_step);
-        for (int step = first_step, round = 0; step < s.steps; step += StageShares::kTeams, ++round) {
-          fixed.ring.wait_full(at);
-          const uint32_t rows = ring + at.stage() * s.stage_bytes + share.group() * 2048;
-          const uint32_t* words = stage_words<kMx>(s, memory, at.stage(), share.group());
-          share.for_blocks(s, step, round, [&](int chunk, int in_stage, int number) {
-            const uint32_t w = rows + in_stage * groups * 2048, x = values + chunk * (128 * kValueBytes);
-            if constexpr (kMx) {
-              const uint32_t row_words[2] = {words[in_stage], words[8 * s.chunks + in_stage]};
-              uint32_t token_words[kTokenTiles][2];
-#pragma unroll
-              for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                  token_words[n][i] = routed[n][i] ? __float_as_uint(row_scale[n][i][chunk]) : kMxOnes;
-              }
-              multiply_mx_chunk<kValueBytes>(of_expert, w, x, token_pitch(s.k_blocks, kValueBytes), p.num_tokens - 1,
-                                             MxWords<kTokenTiles>{row_words, token_words});
-            } else {
-              const float scale = scales.at(number);
-              float product[kTokenTiles][4];
-              multiply_named<kValueBytes>(product, named, w, x, token_pitch(s.k_blocks, kValueBytes), p.num_tokens - 1);
-#pragma unroll
-              for (int n = 0; n < kTokenTiles; ++n) {
-                const float factor[2] = {scale * row_scale[n][0][chunk] * weight[n][0],
-                                         scale * row_scale[n][1][chunk] * weight[n][1]};
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                  if (routed[n][i % 2]) sums[n][i] += factor[i % 2] * product[n][i];
-              }
-            }
-          });
-          __syncwarp();
-          if (lane == 0) fixed.ring.release(at);
-          at.advance(s.stages, StageShares::kTeams);
-        }
-        if constexpr (kMx) {
-#pragma unroll
-          for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              if (routed[n][i % 2]) sums[n][i] += weight[n][i % 2] * of_expert[n][i];
-          }
+          for (int i = 0; i < 4; ++i)
+            if (has_part && routed[n][i % 2]) sums[n][i] += weight[n][i % 2] * of_expert[n][i];
         }
       }
-      ring_at.advance(s.stages, s.steps);
-      scales.advance(s, share, find, ++number);
       __syncwarp();
       if (lane == 0) fixed.h.release(h_at);
+      h_at.advance(p.h_buffers, share.tile_step());
+      scales.advance(s, share, find, ++number);
     }
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)
@@ -195,6 +199,7 @@ DEVICE void multiply(Fixed& fixed, const uint8_t* memory, uint32_t ring, uint32_
     store_slice<kTokenTiles, kMx>(p, first, partial);
     named_barrier_sync(kMathBarrier, kDecodeMathThreads);
   }
+  scales.finish();
 }
 
 template <int kTokenTiles, bool kMx, int kValueBytes>
@@ -207,8 +212,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(kFullArrivals<kMx>, StageShares(p.slice_rows).warps());
-    fixed.h.initialize(1, kDecodeWarps);
+    fixed.ring.initialize(kFullArrivals<kMx>, p.stream.team_warps());
+    fixed.h.initialize(1, p.stream.steps == 1 ? p.stream.team_warps() : kDecodeWarps);
   }
   __syncthreads();
   // NOTE: weights and ids are no kernel's of this call, and what came before GEMM1 was complete when GEMM1 let the next
@@ -227,10 +232,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   } else {
     // Arrivals: all math threads and the warp above. Publishes experts and tokens.
     named_barrier_sync(kReadyBarrier, kDecodeMathThreads + 32);
-    multiply<kTokenTiles, kMx, kValueBytes>(fixed, memory, smem_address(memory), smem_address(memory + layout.h),
-                                            reinterpret_cast<const float*>(memory + layout.h_scale),
-                                            reinterpret_cast<const float*>(memory + layout.weight),
-                                            reinterpret_cast<float*>(memory + layout.partial), p);
+    multiply<kTokenTiles, kMx, kValueBytes>(
+        fixed, smem_address(memory), smem_address(memory + layout.h), smem_address(memory + layout.h_scale),
+        reinterpret_cast<const float*>(memory + layout.weight), reinterpret_cast<float*>(memory + layout.partial), p);
   }
 }
 

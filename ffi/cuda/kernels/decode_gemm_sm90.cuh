@@ -6,6 +6,7 @@
 #pragma once
 #include "activation.cuh"
 #include "active_experts.cuh"
+#include "decode_fragment.cuh"
 #include "decode_layout.h"
 #include "decode_mx.cuh"
 #include "pipeline.cuh"
@@ -15,15 +16,23 @@ namespace jax_moe::cuda {
 // How weights [L, rows, K] reach the ring: boxes [chunks][box rows][128 B] at (0, e * expert_y + row, e * expert_z +
 // chunk) of a map {128, rows, K / 128}, in either layout.
 struct WeightStream {
-  const float* scale;  // [L, rows / 128, k_blocks]; not of MxFp8
-  int rows;            // of an expert
-  int k_blocks;        // K / 128
-  int chunks;          // K blocks of a stage
-  int steps;           // stages that all of K takes
+  const float* scale;        // [L, rows / 128, k_blocks]; not of MxFp8
+  int rows;                  // of an expert
+  int k_blocks;              // K / 128
+  int chunks;                // K blocks of a stage
+  int steps;                 // stages that all of K takes
+  int teams, groups, split;  // of math warps (StageShares)
+  int stage_blocks;          // of a stage, that a warp multiplies
+  int tile_blocks;           // of a tile
   int expert_y, expert_z;
   int stages;            // of the ring
   uint32_t stage_bytes;  // a multiple of 1024
 
+  // DeepSeekFp8: the scales of the 128 rows of an expert that have this one.
+  DEVICE const float* scale_of(int expert, int row) const {
+    return scale + (int64_t(expert) * (rows / 128) + row / 128) * k_blocks;
+  }
+  DEVICE int team_warps() const { return groups * split; }
   // Behind the ring: with MxFp8 the scales of each stage.
   template <bool kMx>
   DEVICE uint32_t ring_bytes() const {
@@ -76,14 +85,17 @@ struct DecodeGemm2Parameters {
   MxScaleStream mx;
 };
 
+// n / d, of numbers below 2^20, by a few instructions.
+DEVICE int divide(int n, int d) { return int((float(n) + .5f) * approximate_reciprocal(float(d))); }
+
 // Position in a ring whose number of stages is known at run time.
 class RingCursor {
  public:
   DEVICE int stage() const { return stage_; }
   DEVICE uint32_t parity() const { return parity_; }
-  DEVICE void advance(int stages, int by = 1) {
+  DEVICE void advance(int stages, int by = 1) {  // by at most `stages`
     stage_ += by;
-    while (stage_ >= stages) {
+    if (stage_ >= stages) {
       stage_ -= stages;
       parity_ ^= 1;
     }
@@ -94,103 +106,175 @@ class RingCursor {
   uint32_t parity_ = 0;
 };
 
-// A math warp's part of the stages, in the order of the ring.
+// A math warp's part of the stages. Its tiles are all, of which it has some of the steps, or, of tiles that are one
+// stage each, those that are its team's.
 class WarpShare {
  public:
-  DEVICE WarpShare(const WeightStream& stream, int rows)
-      : shares_(rows), blocks_(shares_.blocks_of_stage(stream.chunks)) {
-    const int warp = threadIdx.x / 32;
-    group_ = warp % shares_.groups;
-    part_ = warp / shares_.groups % shares_.split;
-    team_ = warp / shares_.warps();
+  DEVICE WarpShare(const WeightStream& stream, bool whole_tiles)
+      : teams_(stream.teams), split_(stream.split), whole_tiles_(whole_tiles) {
+    const int warp = threadIdx.x / 32, of_group = divide(warp, stream.groups);
+    group_ = warp & (stream.groups - 1);
+    part_ = of_group & (split_ - 1);
+    team_ = divide(of_group, split_);
   }
   DEVICE int group() const { return group_; }
+  DEVICE int teams() const { return teams_; }
+  DEVICE int team() const { return team_; }
 
-  // Of a tile whose first stage is number `stage` of all: the first of its steps that is this warp's. The next one is
-  // kTeams later.
-  DEVICE int first_step(int stage) const { return (team_ - stage) & (StageShares::kTeams - 1); }
+  // The number, among all tiles of the CTA, of this warp's first, and from one to the next.
+  DEVICE int first_tile() const { return whole_tiles_ ? team_ : 0; }
+  DEVICE int tile_step() const { return whole_tiles_ ? teams_ : 1; }
+  // Of a tile of this warp whose first stage is number `stage` of all: the first of its steps that is this warp's. The
+  // next one is `teams` later.
+  DEVICE int first_step(int stage) const { return (team_ - stage) & (teams_ - 1); }
 
-  // Calls use(K block, its place in the stage, its number in the tile) for this warp's blocks of the stage at `step`,
-  // its `round`-th of the tile.
+  // Calls use(K block, its place in the stage) for this warp's blocks of the stage at `step`.
   template <class Use>
-  DEVICE void for_blocks(const WeightStream& stream, int step, int round, const Use& use) const {
-    for (int i = 0; i < blocks_; ++i) {
-      const int in_stage = part_ + i * shares_.split, chunk = step * stream.chunks + in_stage;
-      if (in_stage >= stream.chunks || chunk >= stream.k_blocks) return;
-      use(chunk, in_stage, round * blocks_ + i);
-    }
+  DEVICE void for_blocks(const WeightStream& stream, int step, const Use& use) const {
+    const int first = step * stream.chunks, count = min(stream.chunks, stream.k_blocks - first);
+#pragma unroll 1
+    for (int in_stage = part_; in_stage < count; in_stage += split_) use(first + in_stage, in_stage);
   }
 
  private:
   friend class ScaleQueue;
-  StageShares shares_;
-  int blocks_;  // of a stage
+  int teams_, split_;
+  bool whole_tiles_;
   int group_, part_, team_;
 };
 
-// A warp's weight scales, tile after tile in the order of use: 32 at a time, one a lane, read 32 ahead.
+// A math warp's stages: `teams` apart, whatever tiles they are of.
+class WarpStages {
+ public:
+  DEVICE explicit WarpStages(const WeightStream& stream, const WarpShare& share)
+      : step_(share.first_step(share.first_tile() * stream.steps)) {
+    at_.advance(stream.stages, share.team());
+  }
+  // Calls use(stage of the ring, step) for each of a tile of this warp's, when it has landed, and gives it back.
+  template <class Use>
+  DEVICE void for_tile(const WeightStream& stream, const WarpShare& share, const PipelineBarriers<kMaxRingStages>& ring,
+                       const Use& use) {
+    for (; step_ < stream.steps; step_ += share.teams()) {
+      ring.wait_full(at_);
+      use(at_.stage(), step_);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ring.release(at_);
+      at_.advance(stream.stages, share.teams());
+    }
+    step_ -= stream.steps * share.tile_step();
+  }
+  // Whether the tile to come has a step of this warp's.
+  DEVICE bool has_part(const WeightStream& stream) const { return step_ < stream.steps; }
+
+ private:
+  RingCursor at_;
+  int step_;
+};
+
+// A warp's weight scales, tile after tile of its own in the order of use: 32 at a time, a lane a scale, 32 ahead.
+// NOTE: by cp.async: who waited for one of them in a register would wait for everything that is loaded meanwhile.
+struct WarpScales {
+  float scale[2][32];
+};
 class ScaleQueue {
  public:
-  // find(tile number) gives the expert and the row of a tile's weights, an expert of -1 after the last one.
+  // find(number of a CTA's tile) gives the expert and the row of its weights, an expert of -1 after the last one.
   struct Place {
     int expert, row;
   };
   template <class Find>
-  DEVICE ScaleQueue(const WeightStream& stream, const WarpShare& share, const Find& find)
-      : tile_blocks_(share.shares_.blocks_of_tile(stream.chunks, stream.steps)), batch_(32 / tile_blocks_) {
-    now_ = load(stream, share, find, 0);
-    next_ = load(stream, share, find, batch_);
+  DEVICE ScaleQueue(const WeightStream& stream, const WarpShare& share, const Find& find, uint32_t memory)
+      : tile_blocks_(stream.tile_blocks), batch_(divide(32, tile_blocks_)), at_(memory), other_(memory + 128) {
+    ask(stream, share, find, 0, at_);
+    ask(stream, share, find, batch_, other_);
   }
-  // Goes on to the next tile, number `tile`.
+  // Before the first use.
+  DEVICE void wait() const {
+    cp_async_wait<1>();
+    __syncwarp();
+  }
+  // Of the present tile.
+  DEVICE float at(int block) const { return load_shared_f32(at_ + (first_ + block) * 4); }
+  // Goes on to the next tile, number `tile` of this warp's.
   template <class Find>
   DEVICE void advance(const WeightStream& stream, const WarpShare& share, const Find& find, int tile) {
-    if (++in_batch_ < batch_) return;
-    in_batch_ = 0;
-    now_ = next_;
-    next_ = load(stream, share, find, tile + batch_);
+    first_ += tile_blocks_;
+    if (first_ < tile_blocks_ * batch_) return;
+    first_ = 0;
+    const uint32_t read = at_;
+    at_ = other_, other_ = read;
+    cp_async_wait<0>();  // asked for a batch ago
+    __syncwarp();
+    ask(stream, share, find, tile + batch_, other_);
   }
-  DEVICE float at(int block) const { return __shfl_sync(~0u, now_, in_batch_ * tile_blocks_ + block); }
+  DEVICE void finish() const { cp_async_wait<0>(); }
 
  private:
   template <class Find>
-  DEVICE float load(const WeightStream& stream, const WarpShare& share, const Find& find, int first) const {
-    const int lane = threadIdx.x % 32, in_batch = lane / tile_blocks_, block = lane - in_batch * tile_blocks_;
-    if (in_batch >= batch_) return 0.f;
-    const int tile = first + in_batch, round = block / share.blocks_;
-    const int step = share.first_step(tile * stream.steps) + round * StageShares::kTeams;
-    const int in_stage = share.part_ + (block - round * share.blocks_) * share.shares_.split;
+  DEVICE void ask(const WeightStream& stream, const WarpShare& share, const Find& find, int first, uint32_t to) const {
+    const int lane = threadIdx.x % 32, in_batch = divide(lane, tile_blocks_), block = lane - in_batch * tile_blocks_;
+    const int round = divide(block, stream.stage_blocks);
+    const int tile = share.first_tile() + (first + in_batch) * share.tile_step();
+    const int step = share.first_step(tile * stream.steps) + round * share.teams_;
+    const int in_stage = share.part_ + (block - round * stream.stage_blocks) * share.split_;
     const int chunk = step * stream.chunks + in_stage;
-    if (step >= stream.steps || in_stage >= stream.chunks || chunk >= stream.k_blocks) return 0.f;
-    const Place place = find(tile);
-    if (place.expert < 0) return 0.f;
-    return __ldg(stream.scale + (int64_t(place.expert) * (stream.rows / 128) + place.row / 128) * stream.k_blocks +
-                 chunk);
+    if (in_batch < batch_ && step < stream.steps && in_stage < stream.chunks && chunk < stream.k_blocks)
+      if (const Place place = find(tile); place.expert >= 0)
+        cp_async_4(to + lane * 4, stream.scale_of(place.expert, place.row) + chunk);
+    cp_async_commit();
   }
 
   int tile_blocks_, batch_;  // blocks of this warp in a tile; tiles whose blocks are held at a time
-  int in_batch_ = 0;
-  float now_, next_;
+  uint32_t at_, other_;      // the present batch, and the one on its way
+  int first_ = 0;            // of those of the batch, the present tile's
 };
 
-// MxFp8: the words of this lane's first row of a group of 16 in a stage; those of its other row are 8 rows on.
-template <bool kMx>
-DEVICE const uint32_t* stage_words(const WeightStream& s, const uint8_t* ring, int stage, int group) {
-  if constexpr (!kMx) return nullptr;
-  const int row = group * 16 + threadIdx.x % 32 / 4;
-  return reinterpret_cast<const uint32_t*>(ring + s.mx_scales_of_stage(stage)) + row * s.chunks;
-}
+// With MxFp8 in its place: the words come with their stage.
+struct NoScaleQueue {
+  template <class Find>
+  DEVICE NoScaleQueue(const WeightStream&, const WarpShare&, const Find&, uint32_t) {}
+  template <class Find>
+  DEVICE void advance(const WeightStream&, const WarpShare&, const Find&, int) {}
+  DEVICE void wait() const {}
+  DEVICE void finish() const {}
+};
+
+// Where this thread reads what it multiplies with: what is the same for all tiles, once.
+template <int kTokenTiles, bool kMx, int kValueBytes>
+struct LaneAddresses {
+  uint32_t rows;                    // of its warp's group in stage 0 of the ring
+  uint32_t words;                   // MxFp8: those of its first row there; those of its other one are 8 rows on
+  uint32_t tokens[kTokenTiles];     // from the first token
+  uint32_t scales[kTokenTiles][2];  // of its two tokens of a tile
+
+  // Rows of 16 begin `group_bytes` apart; tokens and their scales are at `tokens_at` and `scales_at`.
+  DEVICE LaneAddresses(const WeightStream& s, const WarpShare& share, uint32_t ring, uint32_t group_bytes,
+                       uint32_t tokens_at, uint32_t scales_at, int num_tokens) {
+    const int lane = threadIdx.x % 32;
+    rows = ring + share.group() * group_bytes + lane_rows();
+    hold(rows);
+    words = ring + s.stages * s.stage_bytes + (share.group() * 16 + lane / 4) * s.chunks * 4;
+    if constexpr (kMx) hold(words);
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      tokens[n] = tokens_at + lane_tokens(n, token_pitch(s.k_blocks, kValueBytes), num_tokens - 1);
+      hold(tokens[n]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scales[n][i] = scales_at + min(n * 8 + lane % 4 * 2 + i, num_tokens - 1) * scale_pitch(s.k_blocks) * 4;
+        hold(scales[n][i]);
+      }
+    }
+  }
+  // With MxFp8: of a stage.
+  DEVICE uint32_t words_of(const WeightStream& s, int stage) const {
+    return words + stage * mx_stage_bytes(s.stage_bytes);
+  }
+};
 
 // Arrivals that fill a stage: the thread that asks for boxes, with MxFp8 every lane of its warp for its scales too.
 template <bool kMx>
 inline constexpr int kFullArrivals = kMx ? 33 : 1;
-
-// With MxFp8 in the place of ScaleQueue: the words come with their stage.
-struct NoScaleQueue {
-  template <class Find>
-  DEVICE NoScaleQueue(const WeightStream&, const WarpShare&, const Find&) {}
-  template <class Find>
-  DEVICE void advance(const WeightStream&, const WarpShare&, const Find&, int) {}
-};
 
 using DecodeGemm1Kernel = void (*)(CUtensorMap, DecodeGemm1Parameters);
 using DecodeGemm2Kernel = void (*)(CUtensorMap, DecodeGemm2Parameters);

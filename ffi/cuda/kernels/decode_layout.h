@@ -17,22 +17,23 @@ inline constexpr int kDecodeThreads = kDecodeMathThreads + 64;
 inline constexpr int kDecodeGemm1Rows = 32;  // of a tile, in two groups
 inline constexpr int kMaxRingStages = 16;
 inline constexpr int kMaxHBuffers = 8;
-inline constexpr int kTileBuffers = 2;          // tiles of decode_gemm1 whose sums are being collected
-inline constexpr int kDecodeFixedBytes = 9216;  // barriers and lists
+inline constexpr int kTileBuffers = 2;                 // tiles of decode_gemm1 whose sums are being collected
+inline constexpr int kDecodeFixedBytes = 9216 + 4096;  // barriers and lists
 
-// How the math warps share the stages of `groups` x 16 rows by some K blocks: a stage goes to one of two teams, whose
-// warps take a group and every `split`-th K block each; the next stage goes to the other team.
-// NOTE: the ring has an even number of stages, so that a stage is always the same team's: a wait for a phase of it
-// would not know an earlier phase that only the other team has waited for.
+// How the math warps share the stages of `groups` x 16 rows by some K blocks: stages go to `teams` teams in turn, whose
+// warps take a group and every `split`-th K block each.
+// NOTE: the ring has a multiple of `teams` stages, so that a stage is always the same team's: a wait for a phase of it
+// would not know an earlier phase that only another team has waited for.
+inline constexpr int kFewestTeams = 2, kMostTeams = 8;  // powers of two
 struct StageShares {
-  static constexpr int kTeams = 2;
-  int groups, split;
-  HOST_DEVICE explicit StageShares(int rows) : groups(rows / 16), split(kDecodeWarps / kTeams / groups) {}
+  int teams, groups, split;
+  HOST_DEVICE StageShares(int rows, int teams)
+      : teams(teams), groups(rows / 16), split(kDecodeWarps / teams / groups) {}
   HOST_DEVICE int warps() const { return groups * split; }  // of a team
   // K blocks of a stage and of a tile that one warp multiplies, at most: at most 32.
   HOST_DEVICE int blocks_of_stage(int chunks) const { return (chunks + split - 1) / split; }
   HOST_DEVICE int blocks_of_tile(int chunks, int steps) const {
-    return (steps + kTeams - 1) / kTeams * blocks_of_stage(chunks);
+    return (steps + teams - 1) / teams * blocks_of_stage(chunks);
   }
 };
 

@@ -75,18 +75,12 @@ struct MxFewFormat {
       wgmma_commit();
       register_fence(acc[i]);
     }
-    // The rest in their shadow. Far or not is a warp's own affair; all of a warpgroup wait at the same instructions.
+    // The rest in their shadow.
     StageScales<kTokens> scales(stage, wg);
-    const bool far = scales.any_far();
-#pragma unroll
-    for (int i = 0; i < kMxScales * 2; ++i) {
-      wait_for_one_of(kMxScales * 2 - i);
-      register_fence(acc[i]);
-      if (__builtin_expect(far, 0))
-        add<true>(acc[i], scales, i / 2, i % 2, sums[i % 2]);
-      else
-        add<false>(acc[i], scales, i / 2, i % 2, sums[i % 2]);
-    }
+    if (__builtin_expect(scales.any_far(stage, wg), 0))
+      add<true>(acc, scales, sums);
+    else
+      add<false>(acc, scales, sums);
     release();
   }
 
@@ -114,11 +108,15 @@ struct MxFewFormat {
         tokens[i % kMxScales][i / kMxScales] =
             load_shared_f32x2(smem_address(&stage.factors.factor[i % kMxScales][i / kMxScales * 8 + 2 * wg.quad()]));
     }
-    // Of the warp.
-    DEVICE bool any_far() const {
+    // Of the warpgroup. NOTE: each warp looks at all of its rows, so that all decide alike without a word: PTX wants
+    // the waits for products, which are behind the branch, to be the same instructions for all four.
+    static DEVICE bool any_far(const Stage& stage, const WarpgroupContext& wg) {
+      const auto words = words_of(stage);
       uint32_t above = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) above |= bytes_above<kMostNearByte>(word[i / 2][i % 2]);
+      for (int i = 0; i < 4; ++i)
+        above |= bytes_above<kMostNearByte>(
+            words.of_row(i / 2 * kHalfRows + wg.index * kWarpgroupRows + i % 2 * 32 + wg.lane()));
       return __any_sync(~0u, above != 0);
     }
     // Twice a row's scale, at most 2 kFarScale: no exception for the smallest, half of which is no exponent.
@@ -136,22 +134,29 @@ struct MxFewFormat {
     wgmma_wait<kMost - 1>();
   }
 
-  // sums += acc * scale of the row * scale of the token.
-  template <bool kFar, int kTokens, int kCount>
-  static DEVICE void add(float (&acc)[kCount], const StageScales<kTokens>& scales, int s, int half, float* sums) {
+  // sums += acc * scale of the row * scale of the token, each when it is there.
+  template <bool kFar, int kTokens>
+  static DEVICE void add(float (&acc)[kMxScales * 2][kTokens / 2], const StageScales<kTokens>& scales,
+                         float (&sums)[2][64]) {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int v = j / 2 % 2;
-      const float2 two = scales.tokens[s][j / 4];
-      float row = kFar ? mx_scale(scales.word[half][v], s) : scales.twice(half, v, s);
-      float token = j % 2 == 0 ? two.x : two.y;
-      if constexpr (kFar) {
-        const bool shift = row > kFarScale;
-        token *= shift ? 2 * kShift : 2.f;
-        token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
-        row = shift ? row / kShift : row;
+    for (int i = 0; i < kMxScales * 2; ++i) {
+      const int s = i / 2, half = i % 2;
+      wait_for_one_of(kMxScales * 2 - i);
+      register_fence(acc[i]);
+#pragma unroll
+      for (int j = 0; j < kTokens / 2; ++j) {
+        const int v = j / 2 % 2;
+        const float2 two = scales.tokens[s][j / 4];
+        float row = kFar ? mx_scale(scales.word[half][v], s) : scales.twice(half, v, s);
+        float token = j % 2 == 0 ? two.x : two.y;
+        if constexpr (kFar) {
+          const bool shift = row > kFarScale;
+          token *= shift ? 2 * kShift : 2.f;
+          token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
+          row = shift ? row / kShift : row;
+        }
+        sums[half][j] = __fmaf_rn(acc[i][j] * row, token, sums[half][j]);
       }
-      sums[j] = __fmaf_rn(acc[j] * row, token, sums[j]);
     }
   }
 };

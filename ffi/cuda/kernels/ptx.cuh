@@ -279,6 +279,8 @@ DEVICE void wgmma_wait() {
 }
 // Keeps the compiler from computing ahead of a loop, and holding in registers, what depends on x.
 DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
+// Likewise computed once and held, instead of in a loop again and again.
+DEVICE void hold(uint32_t& x) { asm volatile("" : "+r"(x)); }
 DEVICE void hide(const uint8_t*& x) { asm volatile("" : "+l"(x)); }
 template <class T>
 DEVICE void hide(const T*& x) {

@@ -151,6 +151,7 @@ DEVICE void wgmma_wait() {
   emulation::wait_wgmma(kPending);
 }
 DEVICE void hide(int&) {}
+DEVICE void hold(uint32_t&) {}
 DEVICE void hide(const uint8_t*&) {}
 template <class T>
 DEVICE void hide(const T*&) {}
