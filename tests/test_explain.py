@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from typing import Any
 
 import cases
@@ -156,3 +158,41 @@ def test_a_window_of_experts_is_part_of_the_choice() -> None:
     whole, window = (jax_moe.explain(**arguments(c)) for c in (case, dataclasses.replace(case, window=(8, 8))))
     assert "grouped_gemm" in whole
     assert "decode_gemm" in window
+
+
+SIZES = (128, 384, 512, 768, 1024, 1536, 2048, 2304, 4096, 7168)
+
+
+def few_tokens(tokens: int, hidden: int, inter: int, mx: bool) -> dict[str, Any]:
+    """Shapes of a layer of 16 experts, two a token, and the options of a call."""
+    e4m3, scale_dtype = ml_dtypes.float8_e4m3fn, np.uint8 if mx else np.float32
+    rows, columns = (1, 32) if mx else (128, 128)
+    shapes = {
+        "topk_ids": ((tokens, 2), np.int32),
+        "hidden_states": ((tokens, hidden), ml_dtypes.bfloat16),
+        "gemm1_weights": ((16, 2 * inter, hidden), e4m3),
+        "gemm1_weights_scale": ((16, 2 * inter // rows, hidden // columns), scale_dtype),
+        "gemm2_weights": ((16, hidden, inter), e4m3),
+        "gemm2_weights_scale": ((16, hidden // rows, inter // columns), scale_dtype),
+    }
+    kind = jax_moe.Fp8QuantizationType.MxFp8 if mx else jax_moe.Fp8QuantizationType.DeepSeekFp8
+    given = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    return {**given, "hidden_states_scale": None, "num_experts": 16, "fp8_quantization_type": kind}
+
+
+@needs_kernels
+@pytest.mark.parametrize("mx", [False, True], ids=["DeepSeekFp8", "MxFp8"])
+def test_rings_and_buffers_of_small_calls_are_multiples_of_the_teams(mx: bool) -> None:
+    """Else a warp would take a phase of a barrier that only others have waited for, for the one after it."""
+    teams_seen = set()
+    for hidden, inter, tokens, num_sms in itertools.product(SIZES, SIZES, (1, 3, 6, 8, 16), (78, 132)):
+        text = jax_moe.explain(**few_tokens(tokens, hidden, inter, mx), num_sms=num_sms)
+        if "decode_gemm" not in text:
+            continue
+        (stages1, teams1), (stages2, teams2) = re.findall(r"ring of (\d+) x \d+ bytes for (\d+) teams", text)
+        (buffers,) = re.findall(r"h of (\d+) experts", text)
+        assert int(stages1) >= int(teams1) and int(stages1) % int(teams1) == 0, text
+        assert int(stages2) >= int(teams2) and int(stages2) % int(teams2) == 0, text
+        assert int(teams2) == 2 or int(buffers) % int(teams2) == 0, text
+        teams_seen.add(int(teams2))
+    assert teams_seen >= {2, 4, 8}

@@ -50,11 +50,8 @@ MxScaleStream DescribeMxScales(const Call& c, const Buffer& scale, const WeightS
   return s;
 }
 
-template <class Kernel, class Parameters>
-Status LaunchDecode(const char* name, Kernel* kernel, int grid, int threads, int shared_bytes, bool overlap,
-                    const Call& c, const CUtensorMap& map, const Parameters& parameters) {
-  const LaunchShape shape{unsigned(grid), unsigned(threads), unsigned(shared_bytes), overlap};
-  return Launch(name, kernel, shape, c.stream, map, parameters);
+LaunchShape ShapeOf(const DecodeTile& tile, bool overlap) {
+  return {unsigned(tile.grid), kDecodeThreads, unsigned(tile.shared_bytes), overlap};
 }
 
 }  // namespace
@@ -92,8 +89,8 @@ Status DecodeGemm1(const Call& c) {
   p.activation = c.activation();
   p.h = c.workspace.decode_h;
   p.mx = DescribeMxScales(c, c.buffers.gemm1_weights_scale, p.stream, c.p.gated());
-  s = LaunchDecode("decode_gemm1", FindDecodeGemm1(d.token_tiles, c.p.mx(), d.gemm1.value_bytes), d.gemm1.grid,
-                   kDecodeThreads, d.gemm1.shared_bytes, d.overlap_previous, c, map, p);
+  s = Launch("decode_gemm1", FindDecodeGemm1(d.token_tiles, c.p.mx(), d.gemm1.value_bytes),
+             ShapeOf(d.gemm1, d.overlap_previous), c.stream, map, p);
   if (!s.ok()) return s;
   DecodeQuantizeParameters q{};
   q.slots = p.slots;
@@ -128,8 +125,8 @@ Status DecodeGemm2(const Call& c) {
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.output = static_cast<uint16_t*>(c.buffers.output.data);
   p.mx = DescribeMxScales(c, c.buffers.gemm2_weights_scale, p.stream, false);
-  return LaunchDecode("decode_gemm2", FindDecodeGemm2(d.token_tiles, c.p.mx(), d.gemm2.value_bytes), d.gemm2.grid,
-                      kDecodeThreads, d.gemm2.shared_bytes, true, c, map, p);
+  return Launch("decode_gemm2", FindDecodeGemm2(d.token_tiles, c.p.mx(), d.gemm2.value_bytes), ShapeOf(d.gemm2, true),
+                c.stream, map, p);
 }
 
 }  // namespace jax_moe::cuda

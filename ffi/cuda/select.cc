@@ -25,9 +25,10 @@ constexpr int kRingBytes = 96 * 1024;
 constexpr int kLongRingBytes = 128 * 1024;
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
 constexpr int kHBytes = 96 * 1024;
-// Local slots, and bytes of weights, to expect, beyond which the grouped kernels are level or faster: they cost some
-// microseconds more before and behind the weights, but read 5 to 8 % faster.
-constexpr int64_t kMostExpectedSlots = 48;
+// Local slots, with one and with two tiles of 8 tokens, and bytes of weights, to expect, beyond which the grouped
+// kernels are level or faster: they cost some microseconds more before and behind the weights, but read 5 to 8 %
+// faster.
+constexpr int64_t kMostExpectedSlots[2] = {64, 48};
 constexpr double kMostExpectedBytes = 430e6;
 // Rows of an expert to expect, up to which blocks of kFewRows hold most experts' whole: their small stages make room
 // for more of them in the ring, and memory is read 1 to 3 % faster. MxFp8: up to which products of float8 and a factor
@@ -75,9 +76,10 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   DecodeConfig d{};
   const int64_t tokens = p.num_tokens;
   if (!MayDecode(p) || tokens < 1 || tokens > kMaxDecodeTokens || p.expanded_rows() > kMaxDecodeSlots) return d;
-  if (p.expanded_rows() * p.local_num_experts > kMostExpectedSlots * p.num_experts) return d;
-  if (ExpectedBytes(p) > kMostExpectedBytes) return d;
   d.token_tiles = int(CeilDiv(tokens, 8));
+  const int64_t most_slots = kMostExpectedSlots[d.token_tiles - 1];
+  if (p.expanded_rows() * p.local_num_experts > most_slots * p.num_experts) return d;
+  if (ExpectedBytes(p) > kMostExpectedBytes) return d;
   d.slice_columns = 16;
   for (int columns : {32, 64, 128})
     if (p.hidden_size / columns >= num_sms * 2 / 3) d.slice_columns = columns;
@@ -155,10 +157,11 @@ std::string Explain(const Problem& p, int num_sms) {
   std::ostringstream text;
   if (const DecodeConfig& d = c.decode; d.used) {
     text << "gemm1: decode_gemm_sm90, " << d.token_tiles * 8 << " token columns, tiles of " << kDecodeGemm1Rows
-         << " rows, ring of " << d.gemm1.stages << " x " << d.gemm1.stage_bytes << " bytes, " << d.gemm1.grid
-         << " CTAs\n"
+         << " rows, ring of " << d.gemm1.stages << " x " << d.gemm1.stage_bytes << " bytes for " << d.gemm1.teams
+         << " teams, " << d.gemm1.grid << " CTAs\n"
          << "gemm2: decode_gemm_sm90, slices of " << d.slice_columns << " columns, ring of " << d.gemm2.stages << " x "
-         << d.gemm2.stage_bytes << " bytes, " << d.gemm2.grid << " CTAs, weighted sum inside\n"
+         << d.gemm2.stage_bytes << " bytes for " << d.gemm2.teams << " teams, h of " << d.h_buffers << " experts, "
+         << d.gemm2.grid << " CTAs, weighted sum inside\n"
          << (p.mx() ? "scales: E8M0, with every stage\n" : "") << "workspace: " << WorkspaceSize(p).at(p.num_tokens)
          << " bytes\n";
     return text.str();

@@ -11,14 +11,17 @@ inline constexpr int kSlotsPerLane = kMaxDecodeSlots / 32;
 inline constexpr int kWordsPerLane = kMaxDecodeExperts / 32 / 32;
 static_assert(kMaxDecodeSlots % 32 == 0 && kMaxDecodeExperts % 1024 == 0 && kMaxDecodeTokens <= 16, "whole warps");
 
-// Local expert of each slot, -1 for none; lane l has slots l, l + 32, ...
+// Local expert of each slot, -1 for none; lane l has slots l, l + 32, ... NOTE: all ids are asked for at once.
 DEVICE void load_slot_experts(const SlotExperts& slots, int num_slots, int (&expert)[kSlotsPerLane]) {
   const int lane = threadIdx.x % 32;
   const int64_t first = slots.first_local();
+  int32_t id[kSlotsPerLane];
+#pragma unroll
+  for (int r = 0; r < kSlotsPerLane; ++r) id[r] = __ldcg(slots.topk_ids + min(lane + 32 * r, num_slots - 1));
 #pragma unroll
   for (int r = 0; r < kSlotsPerLane; ++r) {
-    const int i = lane + 32 * r;
-    expert[r] = i < num_slots ? slots.local_expert(__ldcg(slots.topk_ids + i), first) : -1;
+    const int found = slots.local_expert(id[r], first);
+    expert[r] = lane + 32 * r < num_slots ? found : -1;
   }
 }
 

@@ -267,7 +267,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
   PipelineCursor<kTileBuffers> sums_at;
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x, sums_at.advance()) {
     float sums[kTokenTiles][4] = {};
-    const uint32_t named = kTokenTiles > 1 ? fixed.active.tokens[t / p.num_tiles] : 0;
+    const uint32_t named = kTokenTiles > 1 ? fixed.active.tokens[divide(t, p.num_tiles)] : 0;
     int block = 0;  // of this warp's in the tile
     stages.for_tile(s, share, fixed.ring, [&](int stage, int step) {
       const uint32_t rows = at.rows + stage * s.stage_bytes;

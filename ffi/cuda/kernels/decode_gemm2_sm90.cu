@@ -76,9 +76,8 @@ DEVICE void store_slice(const DecodeGemm2Parameters& p, int first, const float* 
   for (int i = threadIdx.x; i < groups * kTokenTiles * 128; i += kDecodeMathThreads) {
     const int group = i / (kTokenTiles * 128), in_group = i - group * kTokenTiles * 128;
     float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w)
-      if (w % groups == group) sum += partial[w * kTokenTiles * 128 + in_group];
+#pragma unroll 8
+    for (int w = group; w < kDecodeWarps; w += groups) sum += partial[w * kTokenTiles * 128 + in_group];
     // As mma_m16n8k16_f16 leaves it: four values a lane.
     const int lane = in_group / 4 % 32, token = in_group / 128 * 8 + lane % 4 * 2 + in_group % 2;
     if (token >= p.num_tokens) continue;
@@ -197,7 +196,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, uint32_t h_scale, 
     // Arrivals: all math threads. The first publishes the shares, the second says that they have been read.
     named_barrier_sync(kMathBarrier, kDecodeMathThreads);
     store_slice<kTokenTiles, kMx>(p, first, partial);
-    named_barrier_sync(kMathBarrier, kDecodeMathThreads);
+    if (first + int(gridDim.x) * p.slice_rows < p.hidden) named_barrier_sync(kMathBarrier, kDecodeMathThreads);
   }
   scales.finish();
 }

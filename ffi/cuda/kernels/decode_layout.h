@@ -17,8 +17,8 @@ inline constexpr int kDecodeThreads = kDecodeMathThreads + 64;
 inline constexpr int kDecodeGemm1Rows = 32;  // of a tile, in two groups
 inline constexpr int kMaxRingStages = 16;
 inline constexpr int kMaxHBuffers = 8;
-inline constexpr int kTileBuffers = 2;                 // tiles of decode_gemm1 whose sums are being collected
-inline constexpr int kDecodeFixedBytes = 9216 + 4096;  // barriers and lists
+inline constexpr int kTileBuffers = 2;               // tiles of decode_gemm1 whose sums are being collected
+inline constexpr int kDecodeFixedBytes = 13 * 1024;  // barriers, lists and scales
 
 // How the math warps share the stages of `groups` x 16 rows by some K blocks: stages go to `teams` teams in turn, whose
 // warps take a group and every `split`-th K block each.
