@@ -58,7 +58,9 @@ bool FitTile(const Problem& p, int64_t k, int rows, int ring_bytes, int other_by
       tile->teams *= 2;
   tile->stages = stages / tile->teams * tile->teams;
   tile->shared_bytes = std::max(tile->stages * (tile->stage_bytes + scale_bytes) + other_bytes, kMoreThanHalf);
-  return room >= kLeastRingBytes && StageShares(rows, tile->teams).blocks_of_tile(tile->chunks, tile->steps) <= 32;
+  const StageShares shares(rows, tile->teams);
+  return room >= kLeastRingBytes && shares.blocks_of_tile(tile->chunks, tile->steps) <= 32 &&
+         (tile->steps == 1 || shares.blocks_of_stage(tile->chunks) == 1);
 }
 
 // Of the weights of local experts that some token asks for, if all experts are as likely.

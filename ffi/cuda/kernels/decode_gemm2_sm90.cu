@@ -1,6 +1,7 @@
 // GEMM2 of a small call. A CTA owns a slice of the output's columns and walks all active experts: one warp streams
 // their weights, from before GEMM1's end on, one their rows of h; sixteen multiply and keep the weighted sum over
-// experts in registers, so that no row of a single expert is ever stored. Experts are summed in ascending order.
+// experts in registers, so that no row of a single expert is ever stored. A warp has its part of every expert, or whole
+// experts; the sums of all warps are added in the order of the warps.
 #include "decode_gemm_sm90.cuh"
 #include "fp8.cuh"
 
@@ -216,7 +217,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
   __syncthreads();
   // NOTE: weights and ids are no kernel's of this call, and what came before GEMM1 was complete when GEMM1 let the next
-  // kernel start: they may be read before the wait. The math warps need no wait: all they compute comes from h.
+  // kernel start: they may be read before the wait. The math warps need no wait: all they compute comes from h,
+  // and the zeros of a call without a local expert overwrite nothing that a kernel of this call has written.
   if (warp == kProducerThread / 32) {
     int expert[kSlotsPerLane], ranks[kSlotsPerLane];
     load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);

@@ -27,14 +27,11 @@ inline constexpr int kDecodeFixedBytes = 13 * 1024;  // barriers, lists and scal
 inline constexpr int kFewestTeams = 2, kMostTeams = 8;  // powers of two
 struct StageShares {
   int teams, groups, split;
-  HOST_DEVICE StageShares(int rows, int teams)
-      : teams(teams), groups(rows / 16), split(kDecodeWarps / teams / groups) {}
-  HOST_DEVICE int warps() const { return groups * split; }  // of a team
-  // K blocks of a stage and of a tile that one warp multiplies, at most: at most 32.
-  HOST_DEVICE int blocks_of_stage(int chunks) const { return (chunks + split - 1) / split; }
-  HOST_DEVICE int blocks_of_tile(int chunks, int steps) const {
-    return (steps + teams - 1) / teams * blocks_of_stage(chunks);
-  }
+  StageShares(int rows, int teams) : teams(teams), groups(rows / 16), split(kDecodeWarps / teams / groups) {}
+  // K blocks of a stage and of a tile that one warp multiplies, at most: at most 32. NOTE: of a tile's several stages
+  // one each, since a warp counts them as they come where its scales have a place for all.
+  int blocks_of_stage(int chunks) const { return (chunks + split - 1) / split; }
+  int blocks_of_tile(int chunks, int steps) const { return (steps + teams - 1) / teams * blocks_of_stage(chunks); }
 };
 
 // A token's values and its scales, a row each; with MxFp8 a word of four scales is where a scale is. Values are e4m3
