@@ -37,18 +37,26 @@ def arguments(case: Case, **changes: Any) -> dict[str, Any]:
     return {"hidden_states_scale": None, **shapes, **options, **changes}
 
 
-def large(tokens: Any) -> dict[str, Any]:
-    """Qwen3-30B-A3B's layer as shapes alone."""
+def layer(tokens: Any, hidden: int, inter: int, experts: int, top_k: int, mx: bool = False) -> dict[str, Any]:
+    """Arguments of the JAX function for a layer without window, its arrays as shapes alone."""
+    e4m3, scale_dtype = ml_dtypes.float8_e4m3fn, np.uint8 if mx else np.float32
+    rows, columns = (1, 32) if mx else (128, 128)
     shapes = {
-        "topk_ids": ((tokens, 8), np.int32),
-        "hidden_states": ((tokens, 2048), ml_dtypes.bfloat16),
-        "gemm1_weights": ((128, 1536, 2048), ml_dtypes.float8_e4m3fn),
-        "gemm1_weights_scale": ((128, 12, 16), np.float32),
-        "gemm2_weights": ((128, 2048, 768), ml_dtypes.float8_e4m3fn),
-        "gemm2_weights_scale": ((128, 16, 6), np.float32),
+        "topk_ids": ((tokens, top_k), np.int32),
+        "hidden_states": ((tokens, hidden), ml_dtypes.bfloat16),
+        "gemm1_weights": ((experts, 2 * inter, hidden), e4m3),
+        "gemm1_weights_scale": ((experts, 2 * inter // rows, hidden // columns), scale_dtype),
+        "gemm2_weights": ((experts, hidden, inter), e4m3),
+        "gemm2_weights_scale": ((experts, hidden // rows, inter // columns), scale_dtype),
     }
+    kind = jax_moe.Fp8QuantizationType.MxFp8 if mx else jax_moe.Fp8QuantizationType.DeepSeekFp8
     given = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-    return {**given, "hidden_states_scale": None, "num_experts": 128}
+    return {**given, "hidden_states_scale": None, "num_experts": experts, "fp8_quantization_type": kind}
+
+
+def large(tokens: Any) -> dict[str, Any]:
+    """Qwen3-30B-A3B's layer."""
+    return layer(tokens, 2048, 768, 128, 8)
 
 
 @needs_kernels
@@ -138,17 +146,8 @@ def test_few_rows_an_expert_take_small_blocks() -> None:
 @needs_kernels
 def test_many_bytes_of_weights_take_the_grouped_kernels() -> None:
     """Two tokens, 16 slots: few for the decode kernels, unless experts are of 44 MB each."""
-    small = dataclasses.replace(CASES["t1"], name="", tokens=2, hidden=1024, inter=512, experts=32, top_k=8)
-    weights = {
-        "hidden_states": ((2, 7168), ml_dtypes.bfloat16),
-        "gemm1_weights": ((32, 4096, 7168), ml_dtypes.float8_e4m3fn),
-        "gemm1_weights_scale": ((32, 32, 56), np.float32),
-        "gemm2_weights": ((32, 7168, 2048), ml_dtypes.float8_e4m3fn),
-        "gemm2_weights_scale": ((32, 56, 16), np.float32),
-    }
-    shapes = {name: jax.ShapeDtypeStruct(*shape) for name, shape in weights.items()}
-    assert "decode_gemm" in jax_moe.explain(**arguments(small))
-    assert "grouped_gemm" in jax_moe.explain(**arguments(small, **shapes, hidden_states_scale=None))
+    assert "decode_gemm" in jax_moe.explain(**layer(2, 1024, 512, 32, 8))
+    assert "grouped_gemm" in jax_moe.explain(**layer(2, 7168, 2048, 32, 8))
 
 
 @needs_kernels
@@ -163,30 +162,13 @@ def test_a_window_of_experts_is_part_of_the_choice() -> None:
 SIZES = (128, 384, 512, 768, 1024, 1536, 2048, 2304, 4096, 7168)
 
 
-def few_tokens(tokens: int, hidden: int, inter: int, mx: bool) -> dict[str, Any]:
-    """Shapes of a layer of 16 experts, two a token, and the options of a call."""
-    e4m3, scale_dtype = ml_dtypes.float8_e4m3fn, np.uint8 if mx else np.float32
-    rows, columns = (1, 32) if mx else (128, 128)
-    shapes = {
-        "topk_ids": ((tokens, 2), np.int32),
-        "hidden_states": ((tokens, hidden), ml_dtypes.bfloat16),
-        "gemm1_weights": ((16, 2 * inter, hidden), e4m3),
-        "gemm1_weights_scale": ((16, 2 * inter // rows, hidden // columns), scale_dtype),
-        "gemm2_weights": ((16, hidden, inter), e4m3),
-        "gemm2_weights_scale": ((16, hidden // rows, inter // columns), scale_dtype),
-    }
-    kind = jax_moe.Fp8QuantizationType.MxFp8 if mx else jax_moe.Fp8QuantizationType.DeepSeekFp8
-    given = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-    return {**given, "hidden_states_scale": None, "num_experts": 16, "fp8_quantization_type": kind}
-
-
 @needs_kernels
 @pytest.mark.parametrize("mx", [False, True], ids=["DeepSeekFp8", "MxFp8"])
 def test_rings_and_buffers_of_small_calls_are_multiples_of_the_teams(mx: bool) -> None:
     """Else a warp would take a phase of a barrier that only others have waited for, for the one after it."""
     teams_seen = set()
     for hidden, inter, tokens, num_sms in itertools.product(SIZES, SIZES, (1, 3, 6, 8, 16), (78, 132)):
-        text = jax_moe.explain(**few_tokens(tokens, hidden, inter, mx), num_sms=num_sms)
+        text = jax_moe.explain(**layer(tokens, hidden, inter, 16, 2, mx), num_sms=num_sms)
         if "decode_gemm" not in text:
             continue
         (stages1, teams1), (stages2, teams2) = re.findall(r"ring of (\d+) x \d+ bytes for (\d+) teams", text)

@@ -12,22 +12,19 @@ namespace {
 Status DescribeStream(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k, int tile_rows,
                       int box_rows, const DecodeTile& tile, CUtensorMap* map, WeightStream* stream) {
   const int64_t k_blocks = k / kScaleBlock, experts = c.p.local_num_experts;
-  const StageShares shares(tile_rows, tile.teams);
   const bool block_major = c.p.block_major_k();
-  *stream = {Floats(scale),
-             int(rows),
-             int(k_blocks),
-             tile.chunks,
-             tile.steps,
-             shares.teams,
-             shares.groups,
-             shares.split,
-             shares.blocks_of_stage(tile.chunks),
-             shares.blocks_of_tile(tile.chunks, tile.steps),
-             block_major ? 0 : int(rows),
-             block_major ? int(k_blocks) : 0,
-             tile.stages,
-             unsigned(tile.stage_bytes)};
+  stream->scale = Floats(scale);
+  stream->rows = int(rows);
+  stream->k_blocks = int(k_blocks);
+  stream->chunks = tile.chunks;
+  stream->steps = tile.steps;
+  stream->shares = StageShares(tile_rows, tile.teams);
+  stream->stage_blocks = stream->shares.blocks_of_stage(tile.chunks);
+  stream->tile_blocks = stream->shares.blocks_of_tile(tile.chunks, tile.steps);
+  stream->expert_y = block_major ? 0 : int(rows);
+  stream->expert_z = block_major ? int(k_blocks) : 0;
+  stream->stages = tile.stages;
+  stream->stage_bytes = unsigned(tile.stage_bytes);
   return block_major ? EncodeChunks(map, weights.data, rows, experts * k_blocks, kScaleBlock, rows * kScaleBlock,
                                     box_rows, tile.chunks)
                      : EncodeChunks(map, weights.data, experts * rows, k_blocks, k, kScaleBlock, box_rows, tile.chunks);

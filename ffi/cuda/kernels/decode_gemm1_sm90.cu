@@ -271,19 +271,13 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     int block = 0;  // of this warp's in the tile
     stages.for_tile(s, share, fixed.ring, [&](int stage, int step) {
       const uint32_t rows = at.rows + stage * s.stage_bytes;
-      const uint32_t words = at.words_of(s, stage);
       share.for_blocks(s, step, [&](int chunk, int in_stage) {
         uint32_t tokens[kTokenTiles];
         float token_scale[kTokenTiles][2];
-#pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-          tokens[n] = at.tokens[n] + chunk * (128 * kValueBytes);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) token_scale[n][i] = load_shared_f32(at.scales[n][i] + chunk * 4);
-        }
+        at.find_tokens(chunk, 0, 0, tokens, token_scale);
         if constexpr (kMx) {
-          const uint32_t row_words[2] = {load_shared_u32(words + in_stage * 4),
-                                         load_shared_u32(words + (8 * s.chunks + in_stage) * 4)};
+          uint32_t row_words[2];
+          at.find_row_words(s, stage, in_stage, row_words);
           multiply_mx_chunk<kValueBytes>(sums, rows + in_stage * 2048, tokens,
                                          MxWords<kTokenTiles>(row_words, token_scale));
         } else {
@@ -319,7 +313,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(kFullArrivals<kMx>, p.stream.team_warps());
+    fixed.ring.initialize(kFullArrivals<kMx>, p.stream.shares.warps());
     fixed.sums.initialize(kDecodeMathThreads, 32);
     fixed.tokens.initialize(1, 1);
   }

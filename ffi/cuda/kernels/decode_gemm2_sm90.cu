@@ -142,19 +142,13 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, uint32_t h_scale, 
       int block = 0;  // of this warp's in the tile
       stages.for_tile(s, share, fixed.ring, [&](int stage, int step) {
         const uint32_t rows = at.rows + stage * s.stage_bytes;
-        const uint32_t words = at.words_of(s, stage);
         share.for_blocks(s, step, [&](int chunk, int in_stage) {
           uint32_t tokens[kTokenTiles];
           float row_scale[kTokenTiles][2];
-#pragma unroll
-          for (int n = 0; n < kTokenTiles; ++n) {
-            tokens[n] = at.tokens[n] + h_offset + chunk * (128 * kValueBytes);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) row_scale[n][i] = load_shared_f32(at.scales[n][i] + scale_offset + chunk * 4);
-          }
+          at.find_tokens(chunk, h_offset, scale_offset, tokens, row_scale);
           if constexpr (kMx) {
-            const uint32_t row_words[2] = {load_shared_u32(words + in_stage * 4),
-                                           load_shared_u32(words + (8 * s.chunks + in_stage) * 4)};
+            uint32_t row_words[2];
+            at.find_row_words(s, stage, in_stage, row_words);
 #pragma unroll
             for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
@@ -212,8 +206,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
     prefetch_tensor_map(&map);
-    fixed.ring.initialize(kFullArrivals<kMx>, p.stream.team_warps());
-    fixed.h.initialize(1, p.stream.steps == 1 ? p.stream.team_warps() : kDecodeWarps);
+    fixed.ring.initialize(kFullArrivals<kMx>, p.stream.shares.warps());
+    fixed.h.initialize(1, p.stream.steps == 1 ? p.stream.shares.warps() : kDecodeWarps);
   }
   __syncthreads();
   // NOTE: weights and ids are no kernel's of this call, and what came before GEMM1 was complete when GEMM1 let the next

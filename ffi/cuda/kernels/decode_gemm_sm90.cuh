@@ -16,14 +16,14 @@ namespace jax_moe::cuda {
 // How weights [L, rows, K] reach the ring: boxes [chunks][box rows][128 B] at (0, e * expert_y + row, e * expert_z +
 // chunk) of a map {128, rows, K / 128}, in either layout.
 struct WeightStream {
-  const float* scale;        // [L, rows / 128, k_blocks]; not of MxFp8
-  int rows;                  // of an expert
-  int k_blocks;              // K / 128
-  int chunks;                // K blocks of a stage
-  int steps;                 // stages that all of K takes
-  int teams, groups, split;  // of math warps (StageShares)
-  int stage_blocks;          // of a stage, that a warp multiplies
-  int tile_blocks;           // of a tile
+  const float* scale;  // [L, rows / 128, k_blocks]; not of MxFp8
+  int rows;            // of an expert
+  int k_blocks;        // K / 128
+  int chunks;          // K blocks of a stage
+  int steps;           // stages that all of K takes
+  StageShares shares;  // of math warps
+  int stage_blocks;    // of a stage, that a warp multiplies
+  int tile_blocks;     // of a tile
   int expert_y, expert_z;
   int stages;            // of the ring
   uint32_t stage_bytes;  // a multiple of 1024
@@ -32,7 +32,6 @@ struct WeightStream {
   DEVICE const float* scale_of(int expert, int row) const {
     return scale + (int64_t(expert) * (rows / 128) + row / 128) * k_blocks;
   }
-  DEVICE int team_warps() const { return groups * split; }
   // Behind the ring: with MxFp8 the scales of each stage.
   template <bool kMx>
   DEVICE uint32_t ring_bytes() const {
@@ -111,9 +110,9 @@ class RingCursor {
 class WarpShare {
  public:
   DEVICE WarpShare(const WeightStream& stream, bool whole_tiles)
-      : teams_(stream.teams), split_(stream.split), whole_tiles_(whole_tiles) {
-    const int warp = threadIdx.x / 32, of_group = divide(warp, stream.groups);
-    group_ = warp & (stream.groups - 1);
+      : teams_(stream.shares.teams), split_(stream.shares.split), whole_tiles_(whole_tiles) {
+    const int warp = threadIdx.x / 32, of_group = divide(warp, stream.shares.groups);
+    group_ = warp & (stream.shares.groups - 1);
     part_ = of_group & (split_ - 1);
     team_ = divide(of_group, split_);
   }
@@ -253,7 +252,7 @@ struct LaneAddresses {
     const int lane = threadIdx.x % 32;
     rows = ring + share.group() * group_bytes + lane_rows();
     hold(rows);
-    words = ring + s.stages * s.stage_bytes + (share.group() * 16 + lane / 4) * s.chunks * 4;
+    words = ring + s.mx_scales_of_stage(0) + (share.group() * 16 + lane / 4) * s.chunks * 4;
     if constexpr (kMx) hold(words);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
@@ -266,9 +265,21 @@ struct LaneAddresses {
       }
     }
   }
-  // With MxFp8: of a stage.
-  DEVICE uint32_t words_of(const WeightStream& s, int stage) const {
-    return words + stage * mx_stage_bytes(s.stage_bytes);
+  // Of a K block: where the tokens begin, and their scales (words). The offsets, in bytes, are those of further ones.
+  DEVICE void find_tokens(int chunk, uint32_t offset, uint32_t scale_offset, uint32_t (&at)[kTokenTiles],
+                          float (&scale)[kTokenTiles][2]) const {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      at[n] = tokens[n] + offset + chunk * (128 * kValueBytes);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) scale[n][i] = load_shared_f32(scales[n][i] + scale_offset + chunk * 4);
+    }
+  }
+  // With MxFp8: the words of this thread's two rows, of a stage and a K block in it.
+  DEVICE void find_row_words(const WeightStream& s, int stage, int in_stage, uint32_t (&row)[2]) const {
+    const uint32_t from = words + stage * mx_stage_bytes(s.stage_bytes);
+    row[0] = load_shared_u32(from + in_stage * 4);
+    row[1] = load_shared_u32(from + (8 * s.chunks + in_stage) * 4);
   }
 };
 

@@ -27,7 +27,9 @@ inline constexpr int kDecodeFixedBytes = 13 * 1024;  // barriers, lists and scal
 inline constexpr int kFewestTeams = 2, kMostTeams = 8;  // powers of two
 struct StageShares {
   int teams, groups, split;
+  StageShares() = default;
   StageShares(int rows, int teams) : teams(teams), groups(rows / 16), split(kDecodeWarps / teams / groups) {}
+  HOST_DEVICE int warps() const { return groups * split; }  // of a team
   // K blocks of a stage and of a tile that one warp multiplies, at most: at most 32. NOTE: of a tile's several stages
   // one each, since a warp counts them as they come where its scales have a place for all.
   int blocks_of_stage(int chunks) const { return (chunks + split - 1) / split; }
