@@ -144,6 +144,14 @@ def test_few_rows_an_expert_take_small_blocks() -> None:
 
 
 @needs_kernels
+def test_l2_reads_more_at_a_time_where_row_blocks_share_weights() -> None:
+    """2048 tokens with 8 of 128 experts each: 128 rows an expert, a row block."""
+    texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (16, 2048, 2049)}
+    assert all("128 bytes into L2 at a time" in texts[t] for t in (16, 2048))
+    assert "256 bytes into L2 at a time" in texts[2049]
+
+
+@needs_kernels
 def test_many_bytes_of_weights_take_the_grouped_kernels() -> None:
     """Two tokens, 16 slots: few for the decode kernels, unless experts are of 44 MB each."""
     assert "decode_gemm" in jax_moe.explain(**layer(2, 1024, 512, 32, 8))

@@ -93,8 +93,8 @@ Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale
   shape->expert_stride = int(block_major ? rows * k_blocks : rows);
   shape->k_stride = int(block_major ? rows : 0);
   shape->k_columns = block_major ? 0 : kBlockK;
-  return block_major ? EncodeBytes(map, weights.data, experts * k_blocks * rows, kBlockK, kHalfRows)
-                     : EncodeBytes(map, weights.data, experts * rows, k, kHalfRows);
+  return block_major ? EncodeBytes(map, weights.data, experts * k_blocks * rows, kBlockK, kHalfRows, c.config.l2_bytes)
+                     : EncodeBytes(map, weights.data, experts * rows, k, kHalfRows, c.config.l2_bytes);
 }
 
 // The scales of such weights with MxFp8; by_turns: their up and gate rows take turns, which a grid's do not. k_blocks:
@@ -150,8 +150,8 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
   // Tokens are float8 beside their scales, or values.
   const bool values = Format::kTokenPlanes > 1;
   const void* h = values ? static_cast<const void*>(w.h_values) : w.h;
-  if (s.ok()) s = EncodeBytes(&g.h, h, rows, inter * Format::kTokenPlanes, kBoxRows);
-  if (s.ok()) s = EncodeBytes(&g.large_h, h, rows, inter * Format::kTokenPlanes, kLargeBoxRows);
+  if (s.ok()) s = EncodeBytes(&g.h, h, rows, inter * Format::kTokenPlanes, kBoxRows, c.config.l2_bytes);
+  if (s.ok()) s = EncodeBytes(&g.large_h, h, rows, inter * Format::kTokenPlanes, kLargeBoxRows, c.config.l2_bytes);
   if (!s.ok()) return s;
   first.column_step = apart ? 128 : 256;
   first.half_step = apart ? int(inter) : 128;

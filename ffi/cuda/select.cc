@@ -34,6 +34,10 @@ constexpr double kMostExpectedBytes = 430e6;
 // for more of them in the ring, and memory is read 1 to 3 % faster. MxFp8: up to which products of float8 and a factor
 // a sum cost less than to make bf16 of the weights.
 constexpr int64_t kFewExpectedRows = 20, kMxFewExpectedRows = 28;
+// Bytes that L2 reads at a time. With 256 each request of TMA, for 128 of a row, brings the next K block's from memory
+// too: weights that are read once come 1 to 8 % slower, but where row blocks share them, and arithmetic decides, tiles
+// wait less.
+constexpr int kL2BytesOnce = 128, kL2BytesShared = 256;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 // Up to as many, tokens and h are held as f16.
 constexpr int kMostTokenElements = 16 * 1024;
@@ -134,6 +138,7 @@ Config Select(const Problem& p, int num_sms) {
   const bool few = p.expanded_rows() <= few_rows * p.num_experts && !(p.mx() && p.batch_invariant);
   c.tokens_are_values = p.mx() && !few && !c.decode.used;
   c.block_rows = few ? kFewRows : kBlockM;
+  c.l2_bytes = p.expanded_rows() <= kBlockM * p.num_experts ? kL2BytesOnce : kL2BytesShared;
   c.most_tail_rows = few || p.mx() ? 0 : kMostTailRows;
   c.gemm_kernel = p.mx() ? (few ? "grouped_gemm_mx_few_sm90" : "grouped_gemm_mx_sm90")
                          : (few ? "grouped_gemm_few_sm90" : "grouped_gemm_sm90");
@@ -175,7 +180,7 @@ std::string Explain(const Problem& p, int num_sms) {
        << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + values + " on the side" : "")
        << "\n"
        << "gemm1 and gemm2: " << c.gemm_kernel << ", " << c.gemm_grid << " CTAs, " << (few ? 8 : 16) << " to "
-       << c.block_rows << " tokens\n"
+       << c.block_rows << " tokens, " << c.l2_bytes << " bytes into L2 at a time\n"
        << "gemm1: " << (p.gated() ? "(128+128) rows" : "256 rows") << ", gathered A, activation + " << format << values
        << ", " << c.gemm1_columns << " column tiles\n"
        << "gemm2: 256 rows, bf16, " << CeilDiv(Y2Columns(p), kSlabStep) << " column tiles\n"

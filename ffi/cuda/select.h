@@ -40,6 +40,7 @@ struct Config {
   int block_rows, most_tail_rows;  // kBlockM or kFewRows; rows that the last block of an expert may have beyond
   int gemm_grid;                   // persistent CTAs
   int gemm1_columns;               // column tiles of a row block
+  int l2_bytes;                    // that L2 reads at a time, 128 or 256
 };
 
 Config Select(const Problem& problem, int num_sms);

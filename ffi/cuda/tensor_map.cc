@@ -37,13 +37,15 @@ const Driver& GetDriver() {
 }
 
 Status Encode(CUtensorMap* map, cuuint32_t rank, const void* data, const cuuint64_t* sizes, const cuuint64_t* strides,
-              const cuuint32_t* box) {
+              const cuuint32_t* box, int l2_bytes) {
   const Driver& driver = GetDriver();
   if (!driver.status.ok()) return driver.status;
   const cuuint32_t steps[3] = {1, 1, 1};
+  const CUtensorMapL2promotion promotion =
+      l2_bytes == 256 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   const CUresult result = driver.encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, const_cast<void*>(data), sizes,
                                         strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                        promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return {};
   std::string shape;
   for (cuuint32_t i = 0; i < rank; ++i) shape = std::to_string(sizes[i]) + (i ? " x " : "") + shape;
@@ -52,10 +54,10 @@ Status Encode(CUtensorMap* map, cuuint32_t rank, const void* data, const cuuint6
 
 }  // namespace
 
-Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows) {
+Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, int l2_bytes) {
   const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(columns)};
   const cuuint32_t box[2] = {128, cuuint32_t(box_rows)};
-  return Encode(map, 2, data, sizes, strides, box);
+  return Encode(map, 2, data, sizes, strides, box, l2_bytes);
 }
 
 Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t chunks, int64_t row_bytes,
@@ -63,7 +65,7 @@ Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t ch
   const cuuint64_t sizes[3] = {128, cuuint64_t(rows), cuuint64_t(chunks)};
   const cuuint64_t strides[2] = {cuuint64_t(row_bytes), cuuint64_t(chunk_bytes)};
   const cuuint32_t box[3] = {128, cuuint32_t(box_rows), cuuint32_t(box_chunks)};
-  return Encode(map, 3, data, sizes, strides, box);
+  return Encode(map, 3, data, sizes, strides, box, 128);
 }
 
 }  // namespace jax_moe::cuda

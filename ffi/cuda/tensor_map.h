@@ -7,9 +7,11 @@
 
 namespace jax_moe::cuda {
 
-// uint8 [rows, columns], boxes of box_rows x 128, swizzled so that wgmma reads them without bank conflicts.
-Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows);
+// uint8 [rows, columns], boxes of box_rows x 128, swizzled so that wgmma reads them without bank conflicts. l2_bytes:
+// 128 or 256, that L2 reads from memory at a time; with 256 the neighbour of a box comes too.
+Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, int l2_bytes);
 // uint8 [chunks][rows][128], rows and chunks so many bytes apart, in boxes of box_chunks x box_rows x 128, swizzled.
+// L2 reads 128 bytes at a time.
 Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t chunks, int64_t row_bytes,
                     int64_t chunk_bytes, int box_rows, int box_chunks);
 
