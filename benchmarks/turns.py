@@ -2,9 +2,9 @@
 
 python benchmarks/turns.py OLD.whl NEW.whl --cells qwen3_30b:64,qwen3_30b:4096
 
-Whole calls of each build, a wheel or a shared library of the installed package's ABI, on the same arrays, by turns:
-clocks and heat are the same for all, and on a GPU half a percent shows, where runs apart differ by five. `*`: other
-bits than those of the first build. --weights: a layout of jax_moe/bench/layouts.py, by torch, on a GPU.
+Whole calls of each build, a wheel or a shared library of the installed package's ABI, on the same arrays: clocks and
+heat are the same for all, and on a GPU half a percent shows, where runs apart differ by five. `*`: other bits than the
+first build's. --weights: a layout of jax_moe/bench/layouts.py. --between: MiB that a kernel copies after every call.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import importlib.machinery
 import importlib.util
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -57,12 +58,20 @@ def load_build(path: Path, folder: Path) -> ModuleType:
 
 
 def compare(
-    device: Device, cell: Cell, weights: Set, options: Options, builds: Sequence[ModuleType], rounds: int
+    device: Device,
+    cell: Cell,
+    weights: Set,
+    options: Options,
+    builds: Sequence[ModuleType],
+    rounds: int,
+    between: Callable[[], Any] | None = None,
 ) -> list[str]:
-    """For each build, microseconds a call and the ratio to the first build's."""
+    """For each build, microseconds a call, with what is done between calls, and the ratio to the first build's."""
     tokens = routed_tokens(device, cell, draw_routings(cell, SETS, 0), 0)
     problem = problem_of(cell, {**weights, **tokens[0]}, options)
     buffers = native_buffers(device, problem, Data([weights], tokens))
+    for one in buffers:  # as an allocator gives a caller the same memory again
+        one["workspace"] = buffers[0]["workspace"]
     programs, outputs = [], []
     for build in builds:
         calls = native_calls(device, problem, buffers, native.ALL_STAGES, build)
@@ -70,12 +79,28 @@ def compare(
             call()
         device.synchronize()
         outputs.append([bytes_of(one["output"]) for one in buffers])
-        programs.append(device.program(calls))
+        programs.append(device.program([followed_by(between, call) for call in calls] if between else calls))
     seconds = medians_by_turns(programs, rounds, REPEATS, PAUSE)
     return [
         f"{1e6 * second:.1f} ({second / seconds[0]:.3f}){'' if same_bits(output, outputs[0]) else ' *'}"
         for second, output in zip(seconds, outputs, strict=True)
     ]
+
+
+def followed_by(second: Callable[[], Any], first: Callable[[], Any]) -> Callable[[], Any]:
+    def both() -> None:
+        first()
+        second()
+
+    return both
+
+
+def copy_of(mebibytes: int) -> Callable[[], Any]:
+    import torch
+
+    source = torch.zeros(mebibytes << 20, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def problem_of(cell: Cell, arrays: Set, options: Options) -> Problem:
@@ -109,12 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("builds", nargs="+", type=Path, help="wheels or shared libraries; the first is compared with")
     parser.add_argument("--cells", default=CELLS, help="shape:tokens, ...; shapes as in jax-moe bench")
     parser.add_argument("--weights", default="plain", help="their layout or format")
+    parser.add_argument("--between", type=int, default=0, metavar="MIB", help="that are copied after every call")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     options = parser.parse_args(arguments)
     device = open_device(options.device)
     if options.weights != "plain" and device.kind != "gpu":
         parser.error(f"turns: --weights must be plain on a CPU, got {options.weights}: torch lays them out on a GPU")
+    if options.between and device.kind != "gpu":
+        parser.error(f"turns: --between must be 0 on a CPU, got {options.between}: it is about L2")
+    between = copy_of(options.between) if options.between else None
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         builds = [load_build(path, Path(folder) / str(i)) for i, path in enumerate(options.builds)]
@@ -132,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if options.weights != "plain":
                     weights, layout = laid_out(weights, options.weights)
             cell = Cell(parse_shape(shape), int(tokens), True)
-            row = compare(device, cell, weights, layout, builds, options.rounds)
+            row = compare(device, cell, weights, layout, builds, options.rounds, between)
             console.print(text, *row, soft_wrap=True)  # at once: a table of many cells takes minutes
             table.add_row(text, *row)
         console.print(table)

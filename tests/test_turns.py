@@ -60,3 +60,19 @@ def test_layouts_are_for_a_gpu_and_known(turns: ModuleType, library: Path, capsy
     pytest.importorskip("torch")
     with pytest.raises(ValueError, match=r"turns: --weights must be one of plain, .*, got MxFp4"):
         turns.laid_out({}, "MxFp4")
+
+
+def test_copies_between_calls_are_for_a_gpu(
+    turns: ModuleType, library: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        turns.main([str(library), "--between", "64", "--device", "cpu"])
+    assert "--between must be 0 on a CPU, got 64" in capsys.readouterr().err
+
+
+def test_what_is_between_calls_follows_each(turns: ModuleType) -> None:
+    done: list[str] = []
+    both = turns.followed_by(lambda: done.append("copy"), lambda: done.append("call"))
+    both()
+    both()
+    assert done == ["call", "copy", "call", "copy"]
