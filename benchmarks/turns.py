@@ -95,11 +95,8 @@ def followed_by(second: Callable[[], Any], first: Callable[[], Any]) -> Callable
     return both
 
 
-def copy_of(mebibytes: int) -> Callable[[], Any]:
-    import torch
-
-    source = torch.zeros(mebibytes << 20, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
+def copy_of(device: Device, mebibytes: int) -> Callable[[], Any]:
+    source, target = device.empty(mebibytes << 20), device.empty(mebibytes << 20)
     return lambda: target.copy_(source)
 
 
@@ -141,9 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = open_device(options.device)
     if options.weights != "plain" and device.kind != "gpu":
         parser.error(f"turns: --weights must be plain on a CPU, got {options.weights}: torch lays them out on a GPU")
+    if options.between < 0:
+        parser.error(f"turns: --between must be 0 or more, got {options.between}")
     if options.between and device.kind != "gpu":
         parser.error(f"turns: --between must be 0 on a CPU, got {options.between}: it is about L2")
-    between = copy_of(options.between) if options.between else None
+    between = copy_of(device, options.between) if options.between else None
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         builds = [load_build(path, Path(folder) / str(i)) for i, path in enumerate(options.builds)]

@@ -68,6 +68,9 @@ def test_copies_between_calls_are_for_a_gpu(
     with pytest.raises(SystemExit):
         turns.main([str(library), "--between", "64", "--device", "cpu"])
     assert "--between must be 0 on a CPU, got 64" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        turns.main([str(library), "--between", "-1", "--device", "cpu"])
+    assert "--between must be 0 or more, got -1" in capsys.readouterr().err
 
 
 def test_what_is_between_calls_follows_each(turns: ModuleType) -> None:
