@@ -141,6 +141,15 @@ def _zero_blocks(arrays: Arrays) -> None:
     _copy(arrays, "gemm1_lora_delta")[...] = 0
 
 
+def _smallest_factor(arrays: Arrays) -> None:
+    """Up rows' scales times the tokens' are the largest subnormal power of two; gate rows make up for it."""
+    _copy(arrays, "hidden_states_scale").view(np.uint8)[...] = 63
+    scale = _copy(arrays, "gemm1_weights_scale").view(np.uint8)
+    rows = scale.shape[1]
+    scale[:, : rows // 2], scale[:, rows // 2 :] = 64, 191
+    _copy(arrays, "gemm2_weights_scale")[...] += np.uint8(100)
+
+
 ALL = slice(None)
 # Of MxFp8, whose hidden_states_scale is [T, H/32] here. In "far_scales" the values of x, or of a weight, are beyond
 # float32; their products are ordinary. BEYOND_BF16: not for kernels that multiply values in bfloat16.
@@ -160,6 +169,7 @@ MX_EXTREMES: dict[str, Callable[[Arrays], None]] = {
     "mx_far_scales_of_weights": _set_scales(
         hidden_states_scale=((ALL, 1), 0), gemm1_weights_scale=((ALL, ALL, 1), 250)
     ),
+    "mx_smallest_factor": _smallest_factor,
     "mx_zero_blocks": _zero_blocks,
     "mx_zero_x": _zero_x,
     "mx_nan_x": _set_x(np.nan),

@@ -51,8 +51,14 @@ def _cases() -> list[Case]:
         cases.append(dataclasses.replace(extreme, name=f"mx_{name}", extreme=f"mx_{name}"))
     for name in ("smallest_gemm1_scale", "smallest_gemm2_scale", "largest_gemm2_scale", "far_scales"):
         cases.append(dataclasses.replace(extreme, name=f"mx_{name}", extreme=f"mx_{name}"))
-    for name in ("far_scales_of_weights", "zero_x", "nan_x", "nan_gemm1_code", "nan_gemm2_code"):
+    for name in ("far_scales_of_weights", "smallest_factor", "zero_x", "nan_x", "nan_gemm1_code", "nan_gemm2_code"):
         cases.append(dataclasses.replace(extreme, name=f"mx_{name}", extreme=f"mx_{name}"))
+    # The same where tokens are one tile, and where there is but one.
+    for name in ("nan_x_scale", "nan_gemm1_scale", "nan_gemm2_scale", "largest_gemm2_scale"):
+        cases.append(dataclasses.replace(extreme, name=f"mx_{name}_t5", extreme=f"mx_{name}", tokens=5))
+    for name in ("far_scales", "far_scales_of_weights", "smallest_factor"):
+        for tokens in (1, 5):
+            cases.append(dataclasses.replace(extreme, name=f"mx_{name}_t{tokens}", extreme=f"mx_{name}", tokens=tokens))
     for name in ("nan_x", "inf_x", "zero_x", "tiny", "large"):
         cases.append(dataclasses.replace(extreme, name=f"mx_{name}_bf16", extreme=f"mx_{name}_bf16", **BF16))
     return cases

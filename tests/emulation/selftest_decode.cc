@@ -59,7 +59,7 @@ void CopyW(const Parameters& p, Shared& shared) {
       tma_load_2d(w, &p.w_map, 0, 0, full);
     else
       tma_load_3d(w + (kMistake == Mistake::kMisplacedBox ? 128 : 0), &p.w_map,
-                  kMistake == Mistake::kMisalignedBox ? 8 : 0, 0, step * kChunks, full);
+                  kMistake == Mistake::kMisalignedBox ? 8 : 0, 0, step * kChunks, full, evict_first_policy());
   }
 }
 
@@ -193,7 +193,7 @@ void CopyCorner(Corner c) {
     mbarrier_init(barrier, 1);
     mbarrier_fence_init();
     mbarrier_arrive_expect(barrier, kBytes);
-    tma_load_3d(smem_address(box), &c.map, c.x, c.y, c.z, barrier);
+    tma_load_3d(smem_address(box), &c.map, c.x, c.y, c.z, barrier, evict_first_policy());
   }
   __syncthreads();
   mbarrier_wait(barrier, 0);

@@ -110,8 +110,11 @@ DEVICE float scaled_by_halves(float product, uint32_t a, uint32_t b) {
   return product * __uint_as_float(low << 23) * __uint_as_float((sum - low) << 23);
 }
 
-// Bytes that are scales from 2^-63 to 2^64, of all four in a word: 0x80 each.
-DEVICE uint32_t near_one(uint32_t word) { return (word ^ word << 1) & 0x80808080; }
+// Bytes that are scales from 2^-63 to 2^64, of tokens to 2^63, of all four in a word: 0x80 each. None is NaN, and the
+// product of two such scales is a float32 with an exponent of its own.
+inline constexpr uint32_t kAllNear = 0x80808080;
+DEVICE uint32_t near_rows(uint32_t word) { return (word ^ word << 1) & kAllNear; }
+DEVICE uint32_t near_tokens(uint32_t word) { return near_rows(word) & near_rows(word + 0x01010101); }
 
 // The words of four scales of this thread's two rows and of its two tokens of each tile.
 template <int kTokenTiles>
@@ -127,40 +130,60 @@ struct MxWords {
     }
   }
 
-  // Rows' scales from 2^-63 to 2^64, tokens' to 2^63, of the whole warp: none is NaN, and the product of two is a
-  // float32.
-  DEVICE bool near() const {
-    uint32_t near = near_one(rows[0]) & near_one(rows[1]);
+  // kAllNear, or less.
+  DEVICE uint32_t tokens_near() const {
+    uint32_t near = kAllNear;
 #pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) near &= near_one(tokens[t][i]) & near_one(tokens[t][i] + 0x01010101);
-    }
-    return __all_sync(~0u, near == 0x80808080);
+    for (int t = 0; t < kTokenTiles; ++t) near &= near_tokens(tokens[t][0]) & near_tokens(tokens[t][1]);
+    return near;
   }
   // sums += products under their scales, of 32 of K, number `block`.
-  template <bool kNear>
-  DEVICE void add(float (&sums)[kTokenTiles][4], const float (&product)[kTokenTiles][4], int block) const {
+  DEVICE void add_far(float (&sums)[kTokenTiles][4], const float (&product)[kTokenTiles][4], int block) const {
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t row = rows[i / 2], token = tokens[t][i % 2];
-        if constexpr (kNear) {
-          const uint32_t exponents = row - 0x40404040 + (token - 0x3F3F3F3F);  // of four scales
-          sums[t][i] += product[t][i] * __uint_as_float((exponents >> 8 * block & 255) << 23);
-        } else {
-          sums[t][i] += scaled_by_halves(product[t][i], row >> 8 * block & 255, token >> 8 * block & 255);
-        }
-      }
+      for (int i = 0; i < 4; ++i)
+        sums[t][i] +=
+            scaled_by_halves(product[t][i], rows[i / 2] >> 8 * block & 255, tokens[t][i % 2] >> 8 * block & 255);
     }
   }
 };
 
-// sums[t] += the rows times tokens 8 t + ..., under their scales.
+// The same where all are near: for each of this thread's values a word of four exponents.
+template <int kTokenTiles>
+struct MxExponents {
+  uint32_t of_value[kTokenTiles][4];
+
+  DEVICE explicit MxExponents(const MxWords<kTokenTiles>& words) {
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        of_value[t][i] = words.rows[i / 2] - 0x40404040 + (words.tokens[t][i % 2] - 0x3F3F3F3F);
+        if (kTokenTiles == 1) hold(of_value[t][i]);  // else it would be computed again for every scale
+      }
+    }
+  }
+  // kStep 2: only the first of each thread's two tokens.
+  template <int kStep>
+  DEVICE void add(float (&sums)[kTokenTiles][4], const float (&product)[kTokenTiles][4], int block) const {
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; i += kStep)
+        sums[t][i] += product[t][i] * __uint_as_float((of_value[t][i] >> 8 * block & 255) << 23);
+    }
+  }
+};
+
+// sums[t] += the rows times tokens 8 t + ..., under their scales. `tokens_near`: kAllNear, or less; `one_token`: there
+// is but one in the call.
 template <int kValueBytes, int kTokenTiles>
 DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, const uint32_t (&tokens)[kTokenTiles],
-                              const MxWords<kTokenTiles>& words) {
+                              const MxWords<kTokenTiles>& words, uint32_t tokens_near, bool one_token) {
+  const auto all_near = [&] {
+    return __all_sync(~0u, (near_rows(words.rows[0]) & near_rows(words.rows[1]) & tokens_near) == kAllNear);
+  };
   const auto multiply = [](float (&product)[kTokenTiles][4], const auto& lo, const auto& hi, const auto& b, int first) {
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
@@ -174,23 +197,29 @@ DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, cons
                                           [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
                                             multiply(product[block], lo, hi, b, first);
                                           });
-    if (__builtin_expect(words.near(), 1)) {
+    if (__builtin_expect(all_near(), 1)) {
+      const MxExponents<kTokenTiles> exponents(words);
+      if (one_token) {
 #pragma unroll
-      for (int block = 0; block < kMxScales; ++block) words.template add<true>(sums, product[block], block);
+        for (int block = 0; block < kMxScales; ++block) exponents.template add<2>(sums, product[block], block);
+      } else {
+#pragma unroll
+        for (int block = 0; block < kMxScales; ++block) exponents.template add<1>(sums, product[block], block);
+      }
     } else {
 #pragma unroll
-      for (int block = 0; block < kMxScales; ++block) words.template add<false>(sums, product[block], block);
+      for (int block = 0; block < kMxScales; ++block) words.add_far(sums, product[block], block);
     }
   } else {
-    const bool near = words.near();
+    const bool near = all_near();
     for_each_32<kTokenTiles, kValueBytes>(rows, tokens,
                                           [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
                                             float product[kTokenTiles][4] = {};
                                             multiply(product, lo, hi, b, first);
                                             if (__builtin_expect(near, 1))
-                                              words.template add<true>(sums, product, block);
+                                              MxExponents<kTokenTiles>(words).template add<1>(sums, product, block);
                                             else
-                                              words.template add<false>(sums, product, block);
+                                              words.add_far(sums, product, block);
                                           });
   }
 }

@@ -36,6 +36,7 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
   const WeightStream& s = p.stream;
   RingCursor at;
   const int num_tiles = fixed.experts.count * p.num_tiles;
+  const uint64_t policy = evict_first_policy();
   MxScaleLoader<1> scales(p.mx, kDecodeGemm1Rows, s.chunks);
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
     const Tile tile = tile_at(p, fixed.experts, t, apart);
@@ -46,8 +47,8 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
       const uint32_t full = fixed.ring.full_address(at.stage()), to = ring + at.stage() * s.stage_bytes;
       if (!kMx || threadIdx.x == kProducerThread) {
         mbarrier_arrive_expect(full, s.stage_bytes);
-        tma_load_3d(to, map, 0, y + tile.first, z + step * s.chunks, full);
-        tma_load_3d(to + s.stage_bytes / 2, map, 0, y + tile.second, z + step * s.chunks, full);
+        tma_load_3d(to, map, 0, y + tile.first, z + step * s.chunks, full, policy);
+        tma_load_3d(to + s.stage_bytes / 2, map, 0, y + tile.second, z + step * s.chunks, full, policy);
       }
       if constexpr (kMx) scales.load(ring + s.mx_scales_of_stage(at.stage()), tile.expert, step * s.chunks, full);
     }
@@ -175,6 +176,16 @@ DEVICE void load_tokens(Fixed& fixed, uint32_t x, uint32_t x_scale, const Decode
             scale_bytes, full);
 }
 
+// kAllNear, or less: of a warp, which looks at the scales of all tokens.
+DEVICE uint32_t all_tokens_near(const float* x_scale, const DecodeGemm1Parameters& p) {
+  uint32_t near = kAllNear;
+  for (int i = threadIdx.x % 32; i < p.num_tokens * p.stream.k_blocks; i += 32) {
+    const int token = i / p.stream.k_blocks, chunk = i - token * p.stream.k_blocks;
+    near &= near_tokens(__float_as_uint(x_scale[token * scale_pitch(p.stream.k_blocks) + chunk]));
+  }
+  return __all_sync(~0u, near == kAllNear) ? kAllNear : 0;
+}
+
 // Shuffled rows of MxFp8: this lane's rows of a tile, one from each 8, are neighbours, gated ones two columns' up and
 // gate rows in turns. `to` is at the tile's first column.
 template <class Function>
@@ -262,6 +273,8 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
   scales.wait();
   const LaneAddresses<kTokenTiles, kMx, kValueBytes> at(s, share, ring, s.chunks * 2048, x, smem_address(x_scale),
                                                         p.num_tokens);
+  uint32_t tokens_near = kAllNear;  // MxFp8: of all tokens, looked at once
+  if constexpr (kMx) tokens_near = all_tokens_near(x_scale, p);
   int number = 0;  // of this CTA's tiles
   WarpStages stages(s, share);
   PipelineCursor<kTileBuffers> sums_at;
@@ -279,7 +292,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
           uint32_t row_words[2];
           at.find_row_words(s, stage, in_stage, row_words);
           multiply_mx_chunk<kValueBytes>(sums, rows + in_stage * 2048, tokens,
-                                         MxWords<kTokenTiles>(row_words, token_scale));
+                                         MxWords<kTokenTiles>(row_words, token_scale), tokens_near, p.num_tokens == 1);
         } else {
           const float scale = scales.at(block++);
           float product[kTokenTiles][4];

@@ -25,6 +25,7 @@ template <bool kMx>
 DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
   RingCursor at;
+  const uint64_t policy = evict_first_policy();
   MxScaleLoader<4> scales(p.mx, p.slice_rows, s.chunks);
   for (int row = blockIdx.x * p.slice_rows; row < p.hidden; row += gridDim.x * p.slice_rows) {
     if constexpr (kMx) scales.place([&](int r) { return row + r; });
@@ -36,7 +37,7 @@ DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const D
         if (!kMx || threadIdx.x == kProducerThread) {
           mbarrier_arrive_expect(full, s.stage_bytes);
           tma_load_3d(ring + at.stage() * s.stage_bytes, map, 0, expert * s.expert_y + row,
-                      expert * s.expert_z + step * s.chunks, full);
+                      expert * s.expert_z + step * s.chunks, full, policy);
         }
         if constexpr (kMx) scales.load(ring + s.mx_scales_of_stage(at.stage()), expert, step * s.chunks, full);
       }
@@ -155,8 +156,9 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, uint32_t h_scale, 
               for (int i = 0; i < 2; ++i)
                 if (!routed[n][i]) row_scale[n][i] = __uint_as_float(kMxOnes);
             }
-            multiply_mx_chunk<kValueBytes>(of_expert, rows + in_stage * groups * 2048, tokens,
-                                           MxWords<kTokenTiles>(row_words, row_scale));
+            const MxWords<kTokenTiles> words(row_words, row_scale);
+            multiply_mx_chunk<kValueBytes>(of_expert, rows + in_stage * groups * 2048, tokens, words,
+                                           words.tokens_near(), p.num_tokens == 1);
           } else {
             const float scale = scales.at(block++);
             float product[kTokenTiles][4];

@@ -16,7 +16,7 @@ struct MxScales {
 struct MxFewFormat {
   using Scales = MxScales;
   static constexpr bool kMx = true;
-  static constexpr int kStages = 4, kInFlight = 3;
+  static constexpr int kStages = 5, kInFlight = 4;
   static constexpr int kMaxTokens = kFewRows, kNarrowTokens = kMaxTokens, kTokenPlanes = 1, kFewestTokens = 8;
   struct alignas(16) Factors {
     float factor[kMxScales][kMaxTokens];  // halves of a token's scales; made of the words that come to the first
@@ -58,8 +58,7 @@ struct MxFewFormat {
     MxWeightWords<kThreads, kMostWords> weights_;
   };
 
-  // sums += this warpgroup's 64 rows of each half times kTokens tokens: all wgmmas of a stage, then one after the other
-  // is added, which costs the least latency a stage.
+  // sums += this warpgroup's 64 rows of each half times kTokens tokens: all wgmmas of a stage together.
   template <int kTokens, class Release>
   static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
                                      const Release& release) {
@@ -68,20 +67,23 @@ struct MxFewFormat {
         wgmma_descriptor(smem_address(stage.operands.weights[0]) + wg.index * kWarpgroupRows * kBlockK);
     float acc[kMxScales * 2][kTokens / 2];
 #pragma unroll
-    for (int i = 0; i < kMxScales * 2; ++i) {
-      register_fence(acc[i]);
-      wgmma_fence();
+    for (int i = 0; i < kMxScales * 2; ++i) register_fence(acc[i]);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kMxScales * 2; ++i)
       wgmma_m64k32_e4m3(acc[i], weights + i / 2 * 2 + i % 2 * (kHalfRows * kBlockK / 16), tokens + i / 2 * 2, 0);
-      wgmma_commit();
-      register_fence(acc[i]);
-    }
+    wgmma_commit();
+#pragma unroll
+    for (int i = 0; i < kMxScales * 2; ++i) register_fence(acc[i]);
     // The rest in their shadow.
     StageScales<kTokens> scales(stage, wg);
-    if (__builtin_expect(scales.any_far(stage, wg), 0))
+    const bool far = scales.any_far();
+    wgmma_wait();  // NOTE: before the warps part: PTX wants all four to wait at one instruction
+    release();     // before what takes longest, which needs the stage no more
+    if (__builtin_expect(far, 0))
       add<true>(acc, scales, sums);
     else
       add<false>(acc, scales, sums);
-    release();
   }
 
  private:
@@ -108,15 +110,11 @@ struct MxFewFormat {
         tokens[i % kMxScales][i / kMxScales] =
             load_shared_f32x2(smem_address(&stage.factors.factor[i % kMxScales][i / kMxScales * 8 + 2 * wg.quad()]));
     }
-    // Of the warpgroup. NOTE: each warp looks at all of its rows, so that all decide alike without a word: PTX wants
-    // the waits for products, which are behind the branch, to be the same instructions for all four.
-    static DEVICE bool any_far(const Stage& stage, const WarpgroupContext& wg) {
-      const auto words = words_of(stage);
+    // Of the warp's rows.
+    DEVICE bool any_far() const {
       uint32_t above = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        above |= bytes_above<kMostNearByte>(
-            words.of_row(i / 2 * kHalfRows + wg.index * kWarpgroupRows + i % 2 * 32 + wg.lane()));
+      for (int i = 0; i < 4; ++i) above |= bytes_above<kMostNearByte>(word[i / 2][i % 2]);
       return __any_sync(~0u, above != 0);
     }
     // Twice a row's scale, at most 2 kFarScale: no exception for the smallest, half of which is no exponent.
@@ -125,23 +123,13 @@ struct MxFewFormat {
     }
   };
 
-  // Until the first of `started` groups, at most kMost, has ended.
-  template <int kMost = 2 * kMxScales>
-  static DEVICE void wait_for_one_of(int started) {
-    if constexpr (kMost > 1) {
-      if (started < kMost) return wait_for_one_of<kMost - 1>(started);
-    }
-    wgmma_wait<kMost - 1>();
-  }
-
-  // sums += acc * scale of the row * scale of the token, each when it is there.
+  // sums += acc * scale of the row * scale of the token.
   template <bool kFar, int kTokens>
   static DEVICE void add(float (&acc)[kMxScales * 2][kTokens / 2], const StageScales<kTokens>& scales,
                          float (&sums)[2][64]) {
 #pragma unroll
     for (int i = 0; i < kMxScales * 2; ++i) {
       const int s = i / 2, half = i % 2;
-      wait_for_one_of(kMxScales * 2 - i);
       register_fence(acc[i]);
 #pragma unroll
       for (int j = 0; j < kTokens / 2; ++j) {

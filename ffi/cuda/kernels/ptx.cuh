@@ -60,13 +60,19 @@ DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uin
       "l"(map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
 }
-// As tma_load_2d; a box of [depth][height] rows lands in that order.
-DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
+// As tma_load_2d; a box of [depth][height] rows lands in that order, and has what `policy` says become of it in L2.
+DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
-      "[%2];" ::"r"(smem),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
       : "memory");
+}
+// For what is read once: it is the first to make room for others.
+DEVICE uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
 }
 // `bytes` neighbours; addresses and sizes are multiples of 16.
 DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {

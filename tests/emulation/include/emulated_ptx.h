@@ -66,9 +66,10 @@ DEVICE void prefetch_tensor_map(const CUtensorMap* map) { emulation::check_tenso
 DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   emulation::queue_tensor_load(smem, map, 2, x, y, 0, barrier);
 }
-DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
+DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint64_t) {
   emulation::queue_tensor_load(smem, map, 3, x, y, z, barrier);
 }
+DEVICE uint64_t evict_first_policy() { return 0; }
 DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
   emulation::queue_bulk_load(smem, global, bytes, barrier);
 }
