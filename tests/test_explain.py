@@ -137,25 +137,30 @@ def test_torch_explain_refuses_what_the_call_refuses() -> None:
 
 @needs_kernels
 def test_few_rows_an_expert_take_small_blocks() -> None:
-    """Of 8 T slots an expert of 128 can expect T / 16: 20 of them are the most for blocks of 32 rows."""
-    texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (16, 320, 321)}
-    assert all("grouped_gemm_few_sm90" in texts[t] and "8 to 32 tokens" in texts[t] for t in (16, 320))
-    assert "grouped_gemm_sm90" in texts[321] and "16 to 128 tokens" in texts[321]
+    """Of 8 T slots an expert of 128 can expect T / 16: 28 of them are the most for blocks of 32 rows."""
+    texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (16, 448, 449)}
+    assert all("grouped_gemm_few_sm90" in texts[t] and "8 to 32 tokens" in texts[t] for t in (16, 448))
+    assert "grouped_gemm_sm90" in texts[449] and "16 to 128 tokens" in texts[449]
 
 
 @needs_kernels
 def test_l2_reads_more_at_a_time_where_row_blocks_share_weights() -> None:
-    """2048 tokens with 8 of 128 experts each: 128 rows an expert, a row block."""
-    texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (16, 2048, 2049)}
-    assert all("128 bytes into L2 at a time" in texts[t] for t in (16, 2048))
-    assert "256 bytes into L2 at a time" in texts[2049]
+    """1024 tokens with 8 of 128 experts each: 64 rows an expert, of which few have two row blocks."""
+    texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (16, 1024, 1025)}
+    assert all("128 bytes into L2 at a time" in texts[t] for t in (16, 1024))
+    assert "256 bytes into L2 at a time" in texts[1025]
 
 
 @needs_kernels
 def test_many_bytes_of_weights_take_the_grouped_kernels() -> None:
-    """Two tokens, 16 slots: few for the decode kernels, unless experts are of 44 MB each."""
-    assert "decode_gemm" in jax_moe.explain(**layer(2, 1024, 512, 32, 8))
-    assert "grouped_gemm" in jax_moe.explain(**layer(2, 7168, 2048, 32, 8))
+    """Four tokens, 32 slots: few for the decode kernels, unless experts are of 44 MB each. Fewer are many where
+    tokens are two tiles: 16 slots as well.
+    """
+    assert "decode_gemm" in jax_moe.explain(**layer(4, 1024, 512, 32, 8))
+    assert "decode_gemm" in jax_moe.explain(**layer(2, 7168, 2048, 32, 8))
+    assert "grouped_gemm" in jax_moe.explain(**layer(4, 7168, 2048, 32, 8))
+    assert "decode_gemm" in jax_moe.explain(**layer(8, 7168, 2048, 128, 2))
+    assert "grouped_gemm" in jax_moe.explain(**layer(16, 7168, 2048, 128, 1))
 
 
 @needs_kernels

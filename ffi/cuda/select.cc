@@ -20,6 +20,8 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Bytes in flight an SM: under 64 KiB the memory is read visibly slower; far more only make everything else that is
 // read, tokens, scales and h, wait behind weights. Stages of 16 KiB, where K and the rows allow.
 constexpr int kLeastRingBytes = 64 * 1024, kStageBytes = 16 * 1024;
+static_assert(kStageBytes / (kDecodeGemm1Rows * kScaleBlock) <= kDecodeWarps / kFewestTeams / (kDecodeGemm1Rows / 16),
+              "for_block(): of a stage of gemm1 a warp has one K block at most");
 constexpr int kRingBytes = 96 * 1024;
 // Of gemm1, where a tile has more than that, and tokens do not come from a kernel before.
 constexpr int kLongRingBytes = 128 * 1024;
@@ -29,15 +31,16 @@ constexpr int kHBytes = 96 * 1024;
 // kernels are level or faster: they cost some microseconds more before and behind the weights, but read 5 to 8 %
 // faster.
 constexpr int64_t kMostExpectedSlots[2] = {64, 48};
-constexpr double kMostExpectedBytes = 430e6;
+constexpr double kMostExpectedBytes[2] = {800e6, 480e6};
 // Rows of an expert to expect, up to which blocks of kFewRows hold most experts' whole: their small stages make room
 // for more of them in the ring, and memory is read 1 to 3 % faster. MxFp8: up to which products of float8 and a factor
 // a sum cost less than to make bf16 of the weights.
-constexpr int64_t kFewExpectedRows = 20, kMxFewExpectedRows = 28;
+constexpr int64_t kFewExpectedRows = 28, kMxFewExpectedRows = 34;
 // Bytes that L2 reads at a time. With 256 each request of TMA, for 128 of a row, brings the next K block's from memory
 // too: weights that are read once come 1 to 8 % slower, but where row blocks share them, and arithmetic decides, tiles
-// wait less.
+// wait less: with more rows of an expert to expect than that.
 constexpr int kL2BytesOnce = 128, kL2BytesShared = 256;
+constexpr int64_t kMostRowsOnce = 64;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 // Up to as many, tokens and h are held as f16.
 constexpr int kMostTokenElements = 16 * 1024;
@@ -85,7 +88,7 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   d.token_tiles = int(CeilDiv(tokens, 8));
   const int64_t most_slots = kMostExpectedSlots[d.token_tiles - 1];
   if (p.expanded_rows() * p.local_num_experts > most_slots * p.num_experts) return d;
-  if (ExpectedBytes(p) > kMostExpectedBytes) return d;
+  if (ExpectedBytes(p) > kMostExpectedBytes[d.token_tiles - 1]) return d;
   d.slice_columns = 16;
   for (int columns : {32, 64, 128})
     if (p.hidden_size / columns >= num_sms * 2 / 3) d.slice_columns = columns;
@@ -138,7 +141,7 @@ Config Select(const Problem& p, int num_sms) {
   const bool few = p.expanded_rows() <= few_rows * p.num_experts && !(p.mx() && p.batch_invariant);
   c.tokens_are_values = p.mx() && !few && !c.decode.used;
   c.block_rows = few ? kFewRows : kBlockM;
-  c.l2_bytes = p.expanded_rows() <= kBlockM * p.num_experts ? kL2BytesOnce : kL2BytesShared;
+  c.l2_bytes = p.expanded_rows() <= kMostRowsOnce * p.num_experts ? kL2BytesOnce : kL2BytesShared;
   c.most_tail_rows = few || p.mx() ? 0 : kMostTailRows;
   c.gemm_kernel = p.mx() ? (few ? "grouped_gemm_mx_few_sm90" : "grouped_gemm_mx_sm90")
                          : (few ? "grouped_gemm_few_sm90" : "grouped_gemm_sm90");

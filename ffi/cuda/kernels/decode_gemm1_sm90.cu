@@ -284,7 +284,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     int block = 0;  // of this warp's in the tile
     stages.for_tile(s, share, fixed.ring, [&](int stage, int step) {
       const uint32_t rows = at.rows + stage * s.stage_bytes;
-      share.for_blocks(s, step, [&](int chunk, int in_stage) {
+      share.for_block(s, step, [&](int chunk, int in_stage) {
         uint32_t tokens[kTokenTiles];
         float token_scale[kTokenTiles][2];
         at.find_tokens(chunk, 0, 0, tokens, token_scale);

@@ -134,6 +134,12 @@ class WarpShare {
 #pragma unroll 1
     for (int in_stage = part_; in_stage < count; in_stage += split_) use(first + in_stage, in_stage);
   }
+  // The same where a warp has one of a stage at most.
+  template <class Use>
+  DEVICE void for_block(const WeightStream& stream, int step, const Use& use) const {
+    const int chunk = step * stream.chunks + part_;
+    if (part_ < stream.chunks && chunk < stream.k_blocks) use(chunk, part_);
+  }
 
  private:
   friend class ScaleQueue;
