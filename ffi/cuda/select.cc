@@ -38,7 +38,7 @@ constexpr double kMostExpectedBytes[2] = {800e6, 480e6};
 constexpr int64_t kFewExpectedRows = 28, kMxFewExpectedRows = 34;
 // Bytes that L2 reads at a time. With 256 each request of TMA, for 128 of a row, brings the next K block's from memory
 // too: weights that are read once come 1 to 8 % slower, but where row blocks share them, and arithmetic decides, tiles
-// wait less: with more rows of an expert to expect than that.
+// wait less. Rows of an expert to expect, up to which they count as read once.
 constexpr int kL2BytesOnce = 128, kL2BytesShared = 256;
 constexpr int64_t kMostRowsOnce = 64;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
