@@ -81,7 +81,7 @@ Workspace CarveWorkspace(const Problem& p, const Buffers& buffers) {
   if (MayDecode(p)) {
     w.decode_h = carve.Take<float>({kMaxDecodeSlots * p.intermediate_size, 0});
     w.decode_codes = carve.Take<uint8_t>({kMaxDecodeSlots * p.intermediate_size, 0});
-    w.decode_scales = carve.Take<float>({kMaxDecodeSlots * ((i_blocks + 3) / 4 * 4), 0});
+    w.decode_scales = carve.Take<float>({kMaxDecodeSlots * (p.mx() ? 4 * i_blocks : (i_blocks + 3) / 4 * 4), 0});
   }
   w.size = carve.size();
   return w;

@@ -64,7 +64,7 @@ struct Workspace {
   // Of calls that could take the decode kernels: the activation of a slot, in float32, then quantised.
   float* decode_h;        // f32 [kMaxDecodeSlots, I]
   uint8_t* decode_codes;  // e4m3 [kMaxDecodeSlots, I]
-  float* decode_scales;   // [kMaxDecodeSlots, I/128 rounded up to a multiple of 4]
+  float* decode_scales;   // [kMaxDecodeSlots, I/128 rounded up to a multiple of 4], MxFp8 [kMaxDecodeSlots, I/32]
   int64_t scale_stride;   // Problem::scale_stride()
   AffineBytes size;       // an upper bound for every number of tokens, on this one's side of kMostTokensOfWholeY2
 

@@ -47,8 +47,8 @@ MxScaleStream DescribeMxScales(const Call& c, const Buffer& scale, const WeightS
   return s;
 }
 
-LaunchShape ShapeOf(const DecodeTile& tile, bool overlap) {
-  return {unsigned(tile.grid), kDecodeThreads, unsigned(tile.shared_bytes), overlap};
+LaunchShape ShapeOf(const Call& c, const DecodeTile& tile, bool overlap) {
+  return {unsigned(tile.grid), unsigned(decode_threads(c.p.mx())), unsigned(tile.shared_bytes), overlap};
 }
 
 }  // namespace
@@ -71,7 +71,7 @@ Status DecodeGemm1(const Call& c) {
   p.token_stride = c.p.hidden_states_scale_token_stride;
   bool overlap = d.overlap_previous;
   if (p.x_is_fresh) {
-    const QuantizeTokens tokens = c.quantize_tokens(scale_pitch(p.stream.k_blocks));
+    const QuantizeTokens tokens = c.quantize_tokens(word_pitch(p.stream.k_blocks));
     s = Launch("quantize_tokens", quantize_tokens, {unsigned(d.quantize_ctas), kQuantizeThreads, 0, overlap}, c.stream,
                tokens);
     if (!s.ok()) return s;
@@ -87,7 +87,7 @@ Status DecodeGemm1(const Call& c) {
   p.h = c.workspace.decode_h;
   p.mx = DescribeMxScales(c, c.buffers.gemm1_weights_scale, p.stream, c.p.gated());
   s = Launch("decode_gemm1", FindDecodeGemm1(d.token_tiles, c.p.mx(), d.gemm1.value_bytes),
-             ShapeOf(d.gemm1, d.overlap_previous), c.stream, map, p);
+             ShapeOf(c, d.gemm1, d.overlap_previous), c.stream, map, p);
   if (!s.ok()) return s;
   DecodeQuantizeParameters q{};
   q.slots = p.slots;
@@ -122,7 +122,7 @@ Status DecodeGemm2(const Call& c) {
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.output = static_cast<uint16_t*>(c.buffers.output.data);
   p.mx = DescribeMxScales(c, c.buffers.gemm2_weights_scale, p.stream, false);
-  return Launch("decode_gemm2", FindDecodeGemm2(d.token_tiles, c.p.mx(), d.gemm2.value_bytes), ShapeOf(d.gemm2, true),
+  return Launch("decode_gemm2", FindDecodeGemm2(d.token_tiles, c.p.mx(), d.gemm2.value_bytes), ShapeOf(c, d.gemm2, true),
                 c.stream, map, p);
 }
 

@@ -104,9 +104,9 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
       p.expanded_rows() * kHalfBytes <= kMaxDecodeSlots ? value_bytes(p.intermediate_size) : kCodeBytes;
   const auto gemm2_bytes = [&](int h_buffers) {
     return int(
-        DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers, d.gemm2.value_bytes).bytes);
+        DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers, d.gemm2.value_bytes, p.mx()).bytes);
   };
-  const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles, d.gemm1.value_bytes).bytes);
+  const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles, d.gemm1.value_bytes, p.mx()).bytes);
   d.h_buffers = std::clamp(kHBytes / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);
   const bool is_long = kDecodeGemm1Rows * p.hidden_size > kRingBytes && !fresh;
   const bool gemm1_fits = FitTile(p, p.hidden_size, kDecodeGemm1Rows, is_long ? kLongRingBytes : kRingBytes,

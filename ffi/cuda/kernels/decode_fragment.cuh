@@ -4,7 +4,7 @@
 // sum over k does not mind the order. MxFp8 scales the product of every two pieces.
 #pragma once
 #include "decode_layout.h"
-#include "mx_scale.cuh"
+#include "mx_sums.cuh"
 
 namespace jax_moe::cuda {
 
@@ -102,88 +102,33 @@ DEVICE void multiply_named(float (&product)[kTokenTiles][4], uint32_t named, uin
   multiply_chunk<kValueBytes>(product, rows, tokens);
 }
 
-// MxFp8: a product under two E8M0 scales, whatever they are. NOTE: the scales' product may leave float32 where the
-// result does not, and under a zero it may not become infinite: it is taken in two halves.
-DEVICE float scaled_by_halves(float product, uint32_t a, uint32_t b) {
-  const uint32_t sum = a + b, low = sum / 2;
-  if (a == kMxScaleNan || b == kMxScaleNan) return __uint_as_float(0x7FFFFFFF);
-  return product * __uint_as_float(low << 23) * __uint_as_float((sum - low) << 23);
-}
-
-// Bytes that are scales from 2^-63 to 2^64, of tokens to 2^63, of all four in a word: 0x80 each. None is NaN, and the
-// product of two such scales is a float32 with an exponent of its own.
-inline constexpr uint32_t kAllNear = 0x80808080;
-DEVICE uint32_t near_rows(uint32_t word) { return (word ^ word << 1) & kAllNear; }
-DEVICE uint32_t near_tokens(uint32_t word) { return near_rows(word) & near_rows(word + 0x01010101); }
-
-// The words of four scales of this thread's two rows and of its two tokens of each tile.
+// MxFp8: of 128 of K the scales of this thread's two rows, and the factors of its two tokens of each tile.
 template <int kTokenTiles>
-struct MxWords {
-  const uint32_t (&rows)[2];
-  uint32_t tokens[kTokenTiles][2];
+struct MxFactors {
+  uint32_t rows[2];
+  uint4 tokens[kTokenTiles][2];
 
-  DEVICE MxWords(const uint32_t (&rows)[2], const float (&token_words)[kTokenTiles][2]) : rows(rows) {
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) tokens[t][i] = __float_as_uint(token_words[t][i]);
-    }
-  }
-
-  // kAllNear, or less.
-  DEVICE uint32_t tokens_near() const {
-    uint32_t near = kAllNear;
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) near &= near_tokens(tokens[t][0]) & near_tokens(tokens[t][1]);
-    return near;
-  }
-  // sums += products under their scales, of 32 of K, number `block`.
-  DEVICE void add_far(float (&sums)[kTokenTiles][4], const float (&product)[kTokenTiles][4], int block) const {
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        sums[t][i] +=
-            scaled_by_halves(product[t][i], rows[i / 2] >> 8 * block & 255, tokens[t][i % 2] >> 8 * block & 255);
-    }
-  }
-};
-
-// The same where all are near: for each of this thread's values a word of four exponents.
-template <int kTokenTiles>
-struct MxExponents {
-  uint32_t of_value[kTokenTiles][4];
-
-  DEVICE explicit MxExponents(const MxWords<kTokenTiles>& words) {
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        of_value[t][i] = words.rows[i / 2] - 0x40404040 + (words.tokens[t][i % 2] - 0x3F3F3F3F);
-        if (kTokenTiles == 1) hold(of_value[t][i]);  // else it would be computed again for every scale
-      }
-    }
-  }
-  // kStep 2: only the first of each thread's two tokens.
-  template <int kStep>
+  // Of a row of the warp.
+  DEVICE bool any_far() const { return __any_sync(~0u, (far_scales(rows[0]) | far_scales(rows[1])) != 0); }
+  // sums += products of 32 of K, number `block`. kStep 2: only the first of each thread's two tokens.
+  template <bool kFar, int kStep>
   DEVICE void add(float (&sums)[kTokenTiles][4], const float (&product)[kTokenTiles][4], int block) const {
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; i += kStep)
-        sums[t][i] += product[t][i] * __uint_as_float((of_value[t][i] >> 8 * block & 255) << 23);
+      for (int i = 0; i < 4; i += kStep) {
+        const uint4& four = tokens[t][i % 2];
+        const uint32_t token = block == 0 ? four.x : block == 1 ? four.y : block == 2 ? four.z : four.w;
+        sums[t][i] = add_scaled<kFar>(sums[t][i], product[t][i], rows[i / 2], block, __uint_as_float(token));
+      }
     }
   }
 };
 
-// sums[t] += the rows times tokens 8 t + ..., under their scales. `tokens_near`: kAllNear, or less; `one_token`: there
-// is but one in the call.
+// sums[t] += the rows times tokens 8 t + ..., under their scales. `one_token`: there is but one in the call.
 template <int kValueBytes, int kTokenTiles>
 DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, const uint32_t (&tokens)[kTokenTiles],
-                              const MxWords<kTokenTiles>& words, uint32_t tokens_near, bool one_token) {
-  const auto all_near = [&] {
-    return __all_sync(~0u, (near_rows(words.rows[0]) & near_rows(words.rows[1]) & tokens_near) == kAllNear);
-  };
+                              const MxFactors<kTokenTiles>& factors, bool one_token) {
   const auto multiply = [](float (&product)[kTokenTiles][4], const auto& lo, const auto& hi, const auto& b, int first) {
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
@@ -191,35 +136,32 @@ DEVICE void multiply_mx_chunk(float (&sums)[kTokenTiles][4], uint32_t rows, cons
       mma_m16n8k16_f16(product[t], lo[2], lo[3], hi[2], hi[3], b[t][first + 1][0], b[t][first + 1][1]);
     }
   };
-  if constexpr (kTokenTiles == 1) {  // with room for the products of all scales, before these are looked at
+  const bool far = factors.any_far();
+  if constexpr (kTokenTiles == 1) {  // with room for the products of all scales
     float product[kMxScales][kTokenTiles][4] = {};
     for_each_32<kTokenTiles, kValueBytes>(rows, tokens,
                                           [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
                                             multiply(product[block], lo, hi, b, first);
                                           });
-    if (__builtin_expect(all_near(), 1)) {
-      const MxExponents<kTokenTiles> exponents(words);
-      if (one_token) {
+    if (__builtin_expect(far, 0)) {
 #pragma unroll
-        for (int block = 0; block < kMxScales; ++block) exponents.template add<2>(sums, product[block], block);
-      } else {
+      for (int block = 0; block < kMxScales; ++block) factors.template add<true, 1>(sums, product[block], block);
+    } else if (one_token) {
 #pragma unroll
-        for (int block = 0; block < kMxScales; ++block) exponents.template add<1>(sums, product[block], block);
-      }
+      for (int block = 0; block < kMxScales; ++block) factors.template add<false, 2>(sums, product[block], block);
     } else {
 #pragma unroll
-      for (int block = 0; block < kMxScales; ++block) words.add_far(sums, product[block], block);
+      for (int block = 0; block < kMxScales; ++block) factors.template add<false, 1>(sums, product[block], block);
     }
   } else {
-    const bool near = all_near();
     for_each_32<kTokenTiles, kValueBytes>(rows, tokens,
                                           [&](int block, const auto& lo, const auto& hi, const auto& b, int first) {
                                             float product[kTokenTiles][4] = {};
                                             multiply(product, lo, hi, b, first);
-                                            if (__builtin_expect(near, 1))
-                                              MxExponents<kTokenTiles>(words).template add<1>(sums, product, block);
+                                            if (__builtin_expect(far, 0))
+                                              factors.template add<true, 1>(sums, product, block);
                                             else
-                                              words.add_far(sums, product, block);
+                                              factors.template add<false, 1>(sums, product, block);
                                           });
   }
 }

@@ -7,7 +7,7 @@
 namespace jax_moe::cuda {
 namespace {
 
-constexpr int kExpertsBarrier = 1, kTokensBarrier = 2;
+constexpr int kExpertsBarrier = 1, kTokensBarrier = 2, kScalesBarrier = 3;
 constexpr int kProducerThread = kDecodeMathThreads, kFinishThread = kDecodeMathThreads + 32;
 
 struct Fixed {
@@ -30,30 +30,46 @@ DEVICE Tile tile_at(const DecodeGemm1Parameters& p, const ActiveExperts& experts
   return {a, experts.expert[a], index, first, first + (apart ? p.intermediate : 16)};
 }
 
-// By one thread, with MxFp8 by its warp.
-template <bool kMx>
+// By one thread.
 DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm1Parameters& p, bool apart) {
   const WeightStream& s = p.stream;
   RingCursor at;
   const int num_tiles = fixed.experts.count * p.num_tiles;
   const uint64_t policy = evict_first_policy();
-  MxScaleLoader<1> scales(p.mx, kDecodeGemm1Rows, s.chunks);
   for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
     const Tile tile = tile_at(p, fixed.experts, t, apart);
-    if constexpr (kMx) scales.place([&](int r) { return r < 16 ? tile.first + r : tile.second + r - 16; });
     const int y = tile.expert * s.expert_y, z = tile.expert * s.expert_z;
     for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
       fixed.ring.wait_empty(at);
       const uint32_t full = fixed.ring.full_address(at.stage()), to = ring + at.stage() * s.stage_bytes;
-      if (!kMx || threadIdx.x == kProducerThread) {
-        mbarrier_arrive_expect(full, s.stage_bytes);
-        tma_load_3d(to, map, 0, y + tile.first, z + step * s.chunks, full, policy);
-        tma_load_3d(to + s.stage_bytes / 2, map, 0, y + tile.second, z + step * s.chunks, full, policy);
-      }
-      if constexpr (kMx) scales.load(ring + s.mx_scales_of_stage(at.stage()), tile.expert, step * s.chunks, full);
+      mbarrier_arrive_expect(full, s.stage_bytes);
+      tma_load_3d(to, map, 0, y + tile.first, z + step * s.chunks, full, policy);
+      tma_load_3d(to + s.stage_bytes / 2, map, 0, y + tile.second, z + step * s.chunks, full, policy);
     }
   }
-  if constexpr (kMx) finish_mx_scales();
+}
+
+// MxFp8: by the scale warps.
+DEVICE void produce_scales(Fixed& fixed, uint32_t ring, const DecodeGemm1Parameters& p, bool apart) {
+  const WeightStream& s = p.stream;
+  const int num_tiles = fixed.experts.count * p.num_tiles;
+  MxScaleLoader<1> scales(p.mx, kDecodeGemm1Rows, s.chunks);
+  ScaleTurns turns;
+  for (int t = blockIdx.x; t < num_tiles; t += gridDim.x) {
+    const Tile tile = tile_at(p, fixed.experts, t, apart);
+    scales.place([&](int r) { return r < 16 ? tile.first + r : tile.second + r - 16; });
+    for (int step = 0; step < s.steps; ++step)
+      turns.next(fixed.ring, s.stages, [&](int stage, uint32_t full) {
+        scales.load(ring + s.mx_scales_of_stage(stage), tile.expert, step * s.chunks, full);
+      });
+  }
+  finish_mx_scales();
+}
+
+// The factors of a word of scales.
+DEVICE void store_factors(float* to, uint32_t word) {
+#pragma unroll
+  for (int s = 0; s < kMxScales; ++s) to[s] = mx_token_factor(word >> 8 * s & 255);
 }
 
 // The call's tokens on their way into shared memory, in 16-byte pieces, by the math threads.
@@ -81,8 +97,7 @@ class TokenLoader {
     }
     if (p_.x_is_bf16) return;
     for (int i = threadIdx.x; i < p_.num_tokens * p_.stream.k_blocks; i += kDecodeMathThreads)
-      scales_[i / p_.stream.k_blocks * scale_pitch(p_.stream.k_blocks) + i % p_.stream.k_blocks] =
-          i < kDecodeMathThreads ? first_scale_ : given_scale(i);
+      store_scale(i, i < kDecodeMathThreads ? first_scale_ : given_scale(i));
   }
 
  private:
@@ -96,7 +111,8 @@ class TokenLoader {
           piece < p_.num_tokens * per_token_ ? __ldcg(static_cast<const uint4*>(p_.x) + piece) : make_uint4(0, 0, 0, 0);
     }
   }
-  DEVICE float given_scale(int i) const {
+  // Of a token and a K block; with MxFp8 a word of four.
+  DEVICE uint32_t given_scale(int i) const {
     const int token = i / p_.stream.k_blocks, chunk = i - token * p_.stream.k_blocks;
     if constexpr (kMx) {
       const uint8_t* from =
@@ -104,10 +120,18 @@ class TokenLoader {
       uint32_t word = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) word |= uint32_t(__ldcg(from + j * p_.block_stride)) << 8 * j;
-      return __uint_as_float(word);
+      return word;
     } else {
-      return __ldcg(static_cast<const float*>(p_.x_scale) + chunk * p_.block_stride + token * p_.token_stride);
+      return __ldcg(static_cast<const uint32_t*>(p_.x_scale) + chunk * p_.block_stride + token * p_.token_stride);
     }
+  }
+  DEVICE void store_scale(int i, uint32_t scale) const {
+    const int token = i / p_.stream.k_blocks, chunk = i - token * p_.stream.k_blocks;
+    float* row = scales_ + token * scale_pitch(p_.stream.k_blocks, kMx);
+    if constexpr (kMx)
+      store_factors(row + chunk * 4, scale);
+    else
+      row[chunk] = __uint_as_float(scale);
   }
   DEVICE void store(int piece, const uint4& v, int count) {
     if (piece - int(threadIdx.x % 32) >= count) return;
@@ -117,18 +141,20 @@ class TokenLoader {
       if (piece < count) store_16(row + in_token * 16 * kValueBytes, v);
       return;
     }
+    constexpr int kOfScale = kMx ? 4 : 16;  // pieces
     float scale;
     uint2 codes;
     if constexpr (kMx) {
-      uint32_t word;
-      codes = quantize_mx_bf16(v, word);
-      scale = __uint_as_float(word);
+      uint32_t byte;
+      codes = quantize_bf16_mx(v, byte);
+      scale = mx_token_factor(byte);
     } else {
       codes = quantize_bf16(v, scale);
     }
     if (piece >= count) return;
     store_8(row, in_token, codes);
-    if (in_token % 16 == 0) scales_[token * scale_pitch(p_.stream.k_blocks) + in_token / 16] = scale;
+    if (in_token % kOfScale == 0)
+      scales_[token * scale_pitch(p_.stream.k_blocks, kMx) + in_token / kOfScale] = scale;
   }
 
   // Codes to their place: 16, or those of piece `eight` of 8.
@@ -160,30 +186,30 @@ class TokenLoader {
   float* scales_;
   int per_token_;
   uint4 v_[kInFlight];
-  float first_scale_ = 0.f;
+  uint32_t first_scale_ = 0;
 };
 
-// Fresh tokens, quantised by the kernel before: rows and scales, by one warp, a lane a token.
+// Fresh tokens, quantised by the kernel before: rows and scales (words), by one warp, a lane a token.
 DEVICE void load_tokens(Fixed& fixed, uint32_t x, uint32_t x_scale, const DecodeGemm1Parameters& p) {
-  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, scale_bytes = scale_pitch(k_blocks) * 4;
+  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, scale_bytes = word_pitch(k_blocks) * 4;
   const uint32_t full = fixed.tokens.full_address(0);
   if (lane == 0) mbarrier_arrive_expect(full, p.num_tokens * (k_blocks * 128 + scale_bytes));
   __syncwarp();
   if (lane >= p.num_tokens) return;
   bulk_load(x + lane * token_pitch(k_blocks, kCodeBytes),
             static_cast<const uint8_t*>(p.x) + int64_t(lane) * k_blocks * 128, k_blocks * 128, full);
-  bulk_load(x_scale + lane * scale_bytes, static_cast<const float*>(p.x_scale) + lane * scale_pitch(k_blocks),
+  bulk_load(x_scale + lane * scale_bytes, static_cast<const float*>(p.x_scale) + lane * word_pitch(k_blocks),
             scale_bytes, full);
 }
 
-// kAllNear, or less: of a warp, which looks at the scales of all tokens.
-DEVICE uint32_t all_tokens_near(const float* x_scale, const DecodeGemm1Parameters& p) {
-  uint32_t near = kAllNear;
-  for (int i = threadIdx.x % 32; i < p.num_tokens * p.stream.k_blocks; i += 32) {
-    const int token = i / p.stream.k_blocks, chunk = i - token * p.stream.k_blocks;
-    near &= near_tokens(__float_as_uint(x_scale[token * scale_pitch(p.stream.k_blocks) + chunk]));
+// MxFp8: the factors of fresh tokens from their words, by the math threads.
+DEVICE void make_factors(float* x_scale, const uint32_t* words, const DecodeGemm1Parameters& p) {
+  const int k_blocks = p.stream.k_blocks;
+  for (int i = threadIdx.x; i < p.num_tokens * k_blocks; i += kDecodeMathThreads) {
+    const int token = i / k_blocks, chunk = i - token * k_blocks;
+    store_factors(x_scale + token * scale_pitch(k_blocks, true) + chunk * 4,
+                  words[token * word_pitch(k_blocks) + chunk]);
   }
-  return __all_sync(~0u, near == kAllNear) ? kAllNear : 0;
 }
 
 // Shuffled rows of MxFp8: this lane's rows of a tile, one from each 8, are neighbours, gated ones two columns' up and
@@ -248,7 +274,7 @@ DEVICE void finish(Fixed& fixed, const float* partial, const DecodeGemm1Paramete
 }
 
 template <int kTokenTiles, bool kMx, int kValueBytes>
-DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, float* partial,
+DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, const uint32_t* x_words, float* partial,
                      const DecodeGemm1Parameters& p, bool apart) {
   const WeightStream& s = p.stream;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -264,17 +290,17 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
     return {tile.expert, share.group() == 0 ? tile.first : tile.second};
   };
   std::conditional_t<kMx, NoScaleQueue, ScaleQueue> scales(s, share, find, smem_address(&fixed.scales[warp]));
-  if (p.x_is_fresh)
+  if (p.x_is_fresh) {
     fixed.tokens.wait_full(PipelineCursor<1>());
-  else
+    if constexpr (kMx) make_factors(x_scale, x_words, p);
+  } else {
     tokens.finish();
+  }
   // Arrivals: all math threads and the finishing warp. Publishes the tokens and who names them.
   named_barrier_sync(kTokensBarrier, kDecodeMathThreads + 32);
   scales.wait();
   const LaneAddresses<kTokenTiles, kMx, kValueBytes> at(s, share, ring, s.chunks * 2048, x, smem_address(x_scale),
                                                         p.num_tokens);
-  uint32_t tokens_near = kAllNear;  // MxFp8: of all tokens, looked at once
-  if constexpr (kMx) tokens_near = all_tokens_near(x_scale, p);
   int number = 0;  // of this CTA's tiles
   WarpStages stages(s, share);
   PipelineCursor<kTileBuffers> sums_at;
@@ -286,14 +312,13 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
       const uint32_t rows = at.rows + stage * s.stage_bytes;
       share.for_block(s, step, [&](int chunk, int in_stage) {
         uint32_t tokens[kTokenTiles];
-        float token_scale[kTokenTiles][2];
-        at.find_tokens(chunk, 0, 0, tokens, token_scale);
+        at.find_tokens(chunk, 0, tokens);
         if constexpr (kMx) {
-          uint32_t row_words[2];
-          at.find_row_words(s, stage, in_stage, row_words);
           multiply_mx_chunk<kValueBytes>(sums, rows + in_stage * 2048, tokens,
-                                         MxWords<kTokenTiles>(row_words, token_scale), tokens_near, p.num_tokens == 1);
+                                         at.find_factors(s, stage, chunk, in_stage, 0), p.num_tokens == 1);
         } else {
+          float token_scale[kTokenTiles][2];
+          at.find_scales(chunk, 0, token_scale);
           const float scale = scales.at(block++);
           float product[kTokenTiles][4];
           multiply_named<kValueBytes>(product, named, rows + in_stage * 2048, tokens);
@@ -317,10 +342,11 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t x, float* x_scale, fl
 }
 
 template <int kTokenTiles, bool kMx, int kValueBytes>
-__global__ void __launch_bounds__(kDecodeThreads, 1)
+__global__ void __launch_bounds__(decode_threads(kMx), 1)
     decode_gemm1(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm1Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
-  const DecodeGemm1Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, kTokenTiles, kValueBytes);
+  const DecodeGemm1Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, kTokenTiles, kValueBytes,
+                                 kMx);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const bool apart = p.stream.rows != p.intermediate && !(kMx && p.shuffled);
   const int warp = threadIdx.x / 32;
@@ -342,19 +368,26 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
     fixed.experts.build(expert, ranks);
     named_barrier_arrive(kExpertsBarrier, kDecodeMathThreads + 32);
-    if (kMx || threadIdx.x == kProducerThread) produce<kMx>(fixed, smem_address(memory), &map, p, apart);
+    if constexpr (kMx) named_barrier_arrive(kScalesBarrier, 32 + kScaleWarps * 32);
+    if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p, apart);
   } else if (warp == kFinishThread / 32) {
     fixed.active.build(p.slots, {}, nullptr, p.num_tokens, p.top_k);
     named_barrier_arrive(kTokensBarrier, kDecodeMathThreads + 32);
     if (p.x_is_fresh) {
       wait_for_previous_kernel();
       let_next_kernel_start();
-      load_tokens(fixed, smem_address(memory + layout.x), smem_address(memory + layout.x_scale), p);
+      load_tokens(fixed, smem_address(memory + layout.x),
+                  smem_address(memory + (kMx ? layout.x_words : layout.x_scale)), p);
     }
     finish<kTokenTiles, kMx>(fixed, reinterpret_cast<const float*>(memory + layout.partial), p, apart);
+  } else if (kMx && warp > kFinishThread / 32) {
+    // Arrivals: the producer's warp and these. Publishes the experts.
+    named_barrier_sync(kScalesBarrier, 32 + kScaleWarps * 32);
+    produce_scales(fixed, smem_address(memory), p, apart);
   } else {
     multiply<kTokenTiles, kMx, kValueBytes>(fixed, smem_address(memory), smem_address(memory + layout.x),
                                             reinterpret_cast<float*>(memory + layout.x_scale),
+                                            reinterpret_cast<const uint32_t*>(memory + layout.x_words),
                                             reinterpret_cast<float*>(memory + layout.partial), p, apart);
   }
 }

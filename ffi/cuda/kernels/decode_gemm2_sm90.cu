@@ -8,7 +8,7 @@
 namespace jax_moe::cuda {
 namespace {
 
-constexpr int kReadyBarrier = 1, kMathBarrier = 2;
+constexpr int kReadyBarrier = 1, kMathBarrier = 2, kScalesBarrier = 3;
 constexpr int kProducerThread = kDecodeMathThreads, kRowsThread = kDecodeMathThreads + 32;
 
 struct Fixed {
@@ -20,36 +20,45 @@ struct Fixed {
 };
 static_assert(sizeof(Fixed) <= kDecodeFixedBytes, "its place in shared memory");
 
-// By one thread, with MxFp8 by its warp.
-template <bool kMx>
+// By one thread.
 DEVICE void produce(Fixed& fixed, uint32_t ring, const CUtensorMap* map, const DecodeGemm2Parameters& p) {
   const WeightStream& s = p.stream;
   RingCursor at;
   const uint64_t policy = evict_first_policy();
-  MxScaleLoader<4> scales(p.mx, p.slice_rows, s.chunks);
   for (int row = blockIdx.x * p.slice_rows; row < p.hidden; row += gridDim.x * p.slice_rows) {
-    if constexpr (kMx) scales.place([&](int r) { return row + r; });
     for (int a = 0; a < fixed.experts.count; ++a) {
       const int expert = fixed.experts.expert[a];
       for (int step = 0; step < s.steps; ++step, at.advance(s.stages)) {
         fixed.ring.wait_empty(at);
         const uint32_t full = fixed.ring.full_address(at.stage());
-        if (!kMx || threadIdx.x == kProducerThread) {
-          mbarrier_arrive_expect(full, s.stage_bytes);
-          tma_load_3d(ring + at.stage() * s.stage_bytes, map, 0, expert * s.expert_y + row,
-                      expert * s.expert_z + step * s.chunks, full, policy);
-        }
-        if constexpr (kMx) scales.load(ring + s.mx_scales_of_stage(at.stage()), expert, step * s.chunks, full);
+        mbarrier_arrive_expect(full, s.stage_bytes);
+        tma_load_3d(ring + at.stage() * s.stage_bytes, map, 0, expert * s.expert_y + row,
+                    expert * s.expert_z + step * s.chunks, full, policy);
       }
     }
   }
-  if constexpr (kMx) finish_mx_scales();
+}
+
+// MxFp8: by the scale warps.
+DEVICE void produce_scales(Fixed& fixed, uint32_t ring, const DecodeGemm2Parameters& p) {
+  const WeightStream& s = p.stream;
+  MxScaleLoader<4> scales(p.mx, p.slice_rows, s.chunks);
+  ScaleTurns turns;
+  for (int row = blockIdx.x * p.slice_rows; row < p.hidden; row += gridDim.x * p.slice_rows) {
+    scales.place([&](int r) { return row + r; });
+    for (int a = 0; a < fixed.experts.count; ++a)
+      for (int step = 0; step < s.steps; ++step)
+        turns.next(fixed.ring, s.stages, [&](int stage, uint32_t full) {
+          scales.load(ring + s.mx_scales_of_stage(stage), fixed.experts.expert[a], step * s.chunks, full);
+        });
+  }
+  finish_mx_scales();
 }
 
 // The rows of h and their scales, expert by expert, by one warp: a lane a token.
-template <int kValueBytes>
+template <bool kMx, int kValueBytes>
 DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGemm2Parameters& p) {
-  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, scale_bytes = scale_pitch(k_blocks) * 4;
+  const int lane = threadIdx.x % 32, k_blocks = p.stream.k_blocks, scale_bytes = scale_pitch(k_blocks, kMx) * 4;
   const ActiveTokens& active = fixed.active;
   RingCursor at;
   for (int row = blockIdx.x * p.slice_rows; row < p.hidden; row += gridDim.x * p.slice_rows) {
@@ -65,8 +74,8 @@ DEVICE void load_rows(Fixed& fixed, uint32_t h, uint32_t h_scale, const DecodeGe
       bulk_load(h + at.stage() * tokens_bytes(k_blocks, p.num_tokens, kValueBytes) +
                     lane * token_pitch(k_blocks, kValueBytes),
                 p.h + int64_t(slot) * k_blocks * 128 * kValueBytes, k_blocks * 128 * kValueBytes, full);
-      bulk_load(h_scale + at.stage() * scales_bytes(k_blocks, p.num_tokens) + lane * scale_bytes,
-                p.h_scale + slot * scale_pitch(k_blocks), scale_bytes, full);
+      bulk_load(h_scale + at.stage() * scales_bytes(k_blocks, p.num_tokens, kMx) + lane * scale_bytes,
+                p.h_scale + slot * scale_pitch(k_blocks, kMx), scale_bytes, full);
     }
   }
 }
@@ -102,7 +111,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, uint32_t h_scale, 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = p.slice_rows / 16;
   const WarpShare share(s, s.steps == 1);
   const ActiveTokens& active = fixed.active;
-  const int count = active.experts.count;
+  const int count = __shfl_sync(~0u, active.experts.count, 0);
   const auto find = [&](int i) -> ScaleQueue::Place {
     const int slice = divide(i, max(count, 1)), first = (int(blockIdx.x) + slice * int(gridDim.x)) * p.slice_rows;
     if (count == 0 || first >= p.hidden) return {-1, 0};
@@ -137,7 +146,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, uint32_t h_scale, 
       }
       fixed.h.wait_full(h_at);
       const uint32_t h_offset = h_at.stage() * tokens_bytes(s.k_blocks, p.num_tokens, kValueBytes);
-      const uint32_t scale_offset = h_at.stage() * scales_bytes(s.k_blocks, p.num_tokens);
+      const uint32_t scale_offset = h_at.stage() * scales_bytes(s.k_blocks, p.num_tokens, kMx);
       float of_expert[kTokenTiles][4] = {};  // MxFp8: without the routing weight
       const bool has_part = stages.has_part(s);
       int block = 0;  // of this warp's in the tile
@@ -145,21 +154,13 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, uint32_t h_scale, 
         const uint32_t rows = at.rows + stage * s.stage_bytes;
         share.for_blocks(s, step, [&](int chunk, int in_stage) {
           uint32_t tokens[kTokenTiles];
-          float row_scale[kTokenTiles][2];
-          at.find_tokens(chunk, h_offset, scale_offset, tokens, row_scale);
+          at.find_tokens(chunk, h_offset, tokens);
           if constexpr (kMx) {
-            uint32_t row_words[2];
-            at.find_row_words(s, stage, in_stage, row_words);
-#pragma unroll
-            for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-              for (int i = 0; i < 2; ++i)
-                if (!routed[n][i]) row_scale[n][i] = __uint_as_float(kMxOnes);
-            }
-            const MxWords<kTokenTiles> words(row_words, row_scale);
-            multiply_mx_chunk<kValueBytes>(of_expert, rows + in_stage * groups * 2048, tokens, words,
-                                           words.tokens_near(), p.num_tokens == 1);
+            multiply_mx_chunk<kValueBytes>(of_expert, rows + in_stage * groups * 2048, tokens,
+                                           at.find_factors(s, stage, chunk, in_stage, scale_offset), p.num_tokens == 1);
           } else {
+            float row_scale[kTokenTiles][2];
+            at.find_scales(chunk, scale_offset, row_scale);
             const float scale = scales.at(block++);
             float product[kTokenTiles][4];
             multiply_named<kValueBytes>(product, named, rows + in_stage * groups * 2048, tokens);
@@ -199,11 +200,11 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, uint32_t h_scale, 
 }
 
 template <int kTokenTiles, bool kMx, int kValueBytes>
-__global__ void __launch_bounds__(kDecodeThreads, 1)
+__global__ void __launch_bounds__(decode_threads(kMx), 1)
     decode_gemm2(const __grid_constant__ CUtensorMap map, const __grid_constant__ DecodeGemm2Parameters p) {
   uint8_t* memory = dynamic_shared_memory();
   const DecodeGemm2Layout layout(p.stream.ring_bytes<kMx>(), p.stream.k_blocks, p.num_tokens, p.top_k, kTokenTiles,
-                                 p.h_buffers, kValueBytes);
+                                 p.h_buffers, kValueBytes, kMx);
   Fixed& fixed = *reinterpret_cast<Fixed*>(memory + layout.fixed);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == kProducerThread) {
@@ -219,15 +220,20 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     int expert[kSlotsPerLane], ranks[kSlotsPerLane];
     load_slot_experts(p.slots, p.num_tokens * p.top_k, expert);
     fixed.experts.build(expert, ranks);
-    if (kMx || threadIdx.x == kProducerThread) produce<kMx>(fixed, smem_address(memory), &map, p);
+    if constexpr (kMx) named_barrier_arrive(kScalesBarrier, 32 + kScaleWarps * 32);
+    if (threadIdx.x == kProducerThread) produce(fixed, smem_address(memory), &map, p);
   } else if (warp == kRowsThread / 32) {
     fixed.active.build(p.slots, p.weights, reinterpret_cast<float*>(memory + layout.weight), p.num_tokens, p.top_k);
     named_barrier_arrive(kReadyBarrier, kDecodeMathThreads + 32);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    load_rows<kValueBytes>(fixed, smem_address(memory + layout.h), smem_address(memory + layout.h_scale), p);
+    load_rows<kMx, kValueBytes>(fixed, smem_address(memory + layout.h), smem_address(memory + layout.h_scale), p);
+  } else if (kMx && warp > kRowsThread / 32) {
+    // Arrivals: the producer's warp and these. Publishes the experts.
+    named_barrier_sync(kScalesBarrier, 32 + kScaleWarps * 32);
+    produce_scales(fixed, smem_address(memory), p);
   } else {
-    // Arrivals: all math threads and the warp above. Publishes experts and tokens.
+    // Arrivals: all math threads and the rows' warp. Publishes experts and tokens.
     named_barrier_sync(kReadyBarrier, kDecodeMathThreads + 32);
     multiply<kTokenTiles, kMx, kValueBytes>(
         fixed, smem_address(memory), smem_address(memory + layout.h), smem_address(memory + layout.h_scale),

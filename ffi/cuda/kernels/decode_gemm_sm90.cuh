@@ -66,7 +66,7 @@ struct DecodeQuantizeParameters {
   const float* h;   // [T * K, I]
   uint8_t* values;  // e4m3 [T * K, I], or f16 as decode_layout.h has it
   int value_bytes;
-  float* scales;  // [T * K, scale_pitch]; with MxFp8 words of four
+  float* scales;  // [T * K, scale_pitch]
 };
 
 struct DecodeGemm2Parameters {
@@ -110,19 +110,21 @@ class RingCursor {
 class WarpShare {
  public:
   DEVICE WarpShare(const WeightStream& stream, bool whole_tiles)
-      : teams_(stream.shares.teams), split_(stream.shares.split), whole_tiles_(whole_tiles) {
+      : teams_(stream.shares.teams), split_(stream.shares.split) {
     const int warp = threadIdx.x / 32, of_group = divide(warp, stream.shares.groups);
-    group_ = warp & (stream.shares.groups - 1);
-    part_ = of_group & (split_ - 1);
-    team_ = divide(of_group, split_);
+    group_ = __shfl_sync(~0u, warp & (stream.shares.groups - 1), 0);
+    part_ = __shfl_sync(~0u, of_group & (split_ - 1), 0);
+    team_ = __shfl_sync(~0u, divide(of_group, split_), 0);
+    first_tile_ = __shfl_sync(~0u, whole_tiles ? team_ : 0, 0);
+    tile_step_ = __shfl_sync(~0u, whole_tiles ? teams_ : 1, 0);
   }
   DEVICE int group() const { return group_; }
   DEVICE int teams() const { return teams_; }
   DEVICE int team() const { return team_; }
 
   // The number, among all tiles of the CTA, of this warp's first, and from one to the next.
-  DEVICE int first_tile() const { return whole_tiles_ ? team_ : 0; }
-  DEVICE int tile_step() const { return whole_tiles_ ? teams_ : 1; }
+  DEVICE int first_tile() const { return first_tile_; }
+  DEVICE int tile_step() const { return tile_step_; }
   // Of a tile of this warp whose first stage is number `stage` of all: the first of its steps that is this warp's. The
   // next one is `teams` later.
   DEVICE int first_step(int stage) const { return (team_ - stage) & (teams_ - 1); }
@@ -144,8 +146,7 @@ class WarpShare {
  private:
   friend class ScaleQueue;
   int teams_, split_;
-  bool whole_tiles_;
-  int group_, part_, team_;
+  int group_, part_, team_, first_tile_, tile_step_;
 };
 
 // A math warp's stages: `teams` apart, whatever tiles they are of.
@@ -266,30 +267,62 @@ struct LaneAddresses {
       hold(tokens[n]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        scales[n][i] = scales_at + min(n * 8 + lane % 4 * 2 + i, num_tokens - 1) * scale_pitch(s.k_blocks) * 4;
+        scales[n][i] = scales_at + min(n * 8 + lane % 4 * 2 + i, num_tokens - 1) * scale_pitch(s.k_blocks, kMx) * 4;
         hold(scales[n][i]);
       }
     }
   }
-  // Of a K block: where the tokens begin, and their scales (words). The offsets, in bytes, are those of further ones.
-  DEVICE void find_tokens(int chunk, uint32_t offset, uint32_t scale_offset, uint32_t (&at)[kTokenTiles],
-                          float (&scale)[kTokenTiles][2]) const {
+  // Of a K block: where the tokens begin. The offset, in bytes, is that of further ones.
+  DEVICE void find_tokens(int chunk, uint32_t offset, uint32_t (&at)[kTokenTiles]) const {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) at[n] = tokens[n] + offset + chunk * (128 * kValueBytes);
+  }
+  // Their scales.
+  DEVICE void find_scales(int chunk, uint32_t offset, float (&scale)[kTokenTiles][2]) const {
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
-      at[n] = tokens[n] + offset + chunk * (128 * kValueBytes);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) scale[n][i] = load_shared_f32(scales[n][i] + scale_offset + chunk * 4);
+      for (int i = 0; i < 2; ++i) scale[n][i] = load_shared_f32(scales[n][i] + offset + chunk * 4);
     }
   }
-  // With MxFp8: the words of this thread's two rows, of a stage and a K block in it.
-  DEVICE void find_row_words(const WeightStream& s, int stage, int in_stage, uint32_t (&row)[2]) const {
+  // With MxFp8: the factors of the tokens, and the words of this thread's two rows, of a stage and a K block in it.
+  DEVICE MxFactors<kTokenTiles> find_factors(const WeightStream& s, int stage, int chunk, int in_stage,
+                                             uint32_t offset) const {
+    MxFactors<kTokenTiles> found;
     const uint32_t from = words + stage * mx_stage_bytes(s.stage_bytes);
-    row[0] = load_shared_u32(from + in_stage * 4);
-    row[1] = load_shared_u32(from + (8 * s.chunks + in_stage) * 4);
+    found.rows[0] = load_shared_u32(from + in_stage * 4);
+    found.rows[1] = load_shared_u32(from + (8 * s.chunks + in_stage) * 4);
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) found.tokens[n][i] = load_shared_v4(scales[n][i] + offset + chunk * 16);
+    }
+    return found;
   }
 };
 
-// Arrivals that fill a stage: the thread that asks for boxes, with MxFp8 every lane of its warp for its scales too.
+// With MxFp8 warps of their own bring the scales of weights, one stage after the other in turns. NOTE: it takes some
+// dozens of instructions a stage; by the warp that asks for boxes these would come later than the memory could bring
+// them, above all the first of them.
+class ScaleTurns {
+ public:
+  // Calls load(stage, its full barrier) if the next stage of the ring is this warp's, once it is empty; goes on.
+  template <class Load>
+  DEVICE void next(const PipelineBarriers<kMaxRingStages>& ring, int stages, const Load& load) {
+    if (turn_ == 0) {
+      ring.wait_empty(at_);
+      load(at_.stage(), ring.full_address(at_.stage()));
+    }
+    turn_ = turn_ == 0 ? kScaleWarps - 1 : turn_ - 1;
+    at_.advance(stages);
+  }
+
+ private:
+  RingCursor at_;
+  int turn_ = (int(threadIdx.x) - kDecodeMathThreads) / 32 - 2;  // stages until this warp's next
+};
+
+// Arrivals that fill a stage: the thread that asks for boxes, with MxFp8 every lane of the warp that asks for scales.
 template <bool kMx>
 inline constexpr int kFullArrivals = kMx ? 33 : 1;
 

@@ -1,15 +1,11 @@
-// MxFp8 in the decode kernels. A scale is an E8M0 byte b, 2^(b - 127) or NaN for 255, of 32 columns; the four of 128 of
-// K are a word, for weights and tokens alike. Words of weights come into the ring beside their stage, by cp.async of
-// the warp that has the boxes copied: one barrier tells of both. Here are where they lie in memory, how they get into
-// shared memory, and the rule by which tokens and h are quantised.
+// MxFp8 in the decode kernels: the scales of weights. One is an E8M0 byte b, 2^(b - 127) or NaN for 255, of 32 columns;
+// the four of 128 of K are a word. Words come into the ring beside their stage, by cp.async: one barrier tells of
+// both. Here are where they lie in memory and how they get into shared memory.
 #pragma once
 #include "decode_layout.h"
 #include "mx_scale.cuh"
 
 namespace jax_moe::cuda {
-
-inline constexpr uint32_t kMxOne = 127;
-inline constexpr uint32_t kMxOnes = 0x7F7F7F7F;
 
 // The scales of weights [L, rows, K], in the caller's layout, beside their WeightStream.
 struct MxScaleStream {
@@ -75,51 +71,6 @@ class MxScaleLoader {
 DEVICE void finish_mx_scales() {
   cp_async_commit();
   cp_async_wait<0>();
-}
-
-// The scale of 32 values with that largest magnitude. Zeros get 1, which the product is fast with.
-DEVICE uint32_t mx_scale_or_one(float amax) { return amax == 0.f ? kMxOne : mx_block_scale(amax); }
-
-// The word of four blocks of kLanes lanes each, from their scales.
-template <int kLanes>
-DEVICE uint32_t mx_word(uint32_t scale) {
-  uint32_t word = scale << (threadIdx.x / kLanes % 4 * 8);
-  word |= __shfl_xor_sync(~0u, word, kLanes);
-  return word | __shfl_xor_sync(~0u, word, 2 * kLanes);
-}
-
-// 8 of 128 bf16 values held by 16 neighbouring lanes -> their e4m3 codes, and the word of the four scales. By whole
-// warps.
-DEVICE uint2 quantize_mx_bf16(const uint4& values, uint32_t& word) {
-  const uint32_t pairs[4] = {values.x, values.y, values.z, values.w};
-  float x[8], amax = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = bf16_lo(pairs[i]), x[2 * i + 1] = bf16_hi(pairs[i]);
-    amax = fmaxf(amax, fmaxf(fabsf(x[2 * i]), fabsf(x[2 * i + 1])));
-  }
-#pragma unroll
-  for (int d = 2; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-  const uint32_t scale = mx_scale_or_one(amax);
-  word = mx_word<4>(scale);
-  const float inverse = mx_inverse(scale);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] *= inverse;
-  return make_uint2(to_e4m3x2(x[0], x[1]) | uint32_t(to_e4m3x2(x[2], x[3])) << 16,
-                    to_e4m3x2(x[4], x[5]) | uint32_t(to_e4m3x2(x[6], x[7])) << 16);
-}
-
-// 4 of 128 float32 values held by a warp, likewise.
-DEVICE uint32_t quantize_mx_f32(const uint4& values, uint32_t& word) {
-  const float x[4] = {__uint_as_float(values.x), __uint_as_float(values.y), __uint_as_float(values.z),
-                      __uint_as_float(values.w)};
-  float amax = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-#pragma unroll
-  for (int d = 4; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-  const uint32_t scale = mx_scale_or_one(amax);
-  word = mx_word<8>(scale);
-  const float inverse = mx_inverse(scale);
-  return to_e4m3x2(x[0] * inverse, x[1] * inverse) | uint32_t(to_e4m3x2(x[2] * inverse, x[3] * inverse)) << 16;
 }
 
 // The column of a group of 32 whose row is stored as row r: the shuffle, and in GEMM1 it may be up and gate in turns.

@@ -25,13 +25,11 @@ DEVICE void quantize_h(const DecodeQuantizeParameters& p) {
   if (!has_row) return;
   const int64_t at = int64_t(block) * 128 + lane * 4;
   float scale;
-  uint32_t codes, word;
-  if constexpr (kMx) {
-    codes = quantize_mx_f32(load_fresh_v4(p.h + at), word);
-    scale = __uint_as_float(word);
-  } else {
+  uint32_t codes, mx_scale;
+  if constexpr (kMx)
+    codes = quantize_f32_mx(load_fresh_v4(p.h + at), mx_scale);
+  else
     codes = quantize_f32(load_fresh_v4(p.h + at), scale);
-  }
   if (p.value_bytes == kHalfBytes) {
     uint32_t even, odd;
     e4m3x4_to_f16x4(codes, even, odd);
@@ -41,9 +39,13 @@ DEVICE void quantize_h(const DecodeQuantizeParameters& p) {
   } else {
     *reinterpret_cast<uint32_t*>(p.values + at) = codes;
   }
-  // GEMM2 loads whole rows of scales: what follows a row's last is 0, not whatever was there.
-  if (lane == 0 || (chunk + 1 == p.k_blocks && chunk + lane < scale_pitch(p.k_blocks)))
-    p.scales[slot * scale_pitch(p.k_blocks) + chunk + lane] = lane == 0 ? scale : 0.f;
+  float* scales = p.scales + slot * scale_pitch(p.k_blocks, kMx);
+  if constexpr (kMx) {
+    if (lane % 8 == 0) scales[chunk * 4 + lane / 8] = mx_token_factor(mx_scale);
+  } else if (lane == 0 || (chunk + 1 == p.k_blocks && chunk + lane < scale_pitch(p.k_blocks, kMx))) {
+    // GEMM2 loads whole rows of scales: what follows a row's last is 0, not whatever was there.
+    scales[chunk + lane] = lane == 0 ? scale : 0.f;
+  }
 }
 
 }  // namespace

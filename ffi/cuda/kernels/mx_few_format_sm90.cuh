@@ -1,7 +1,6 @@
-// MxFp8 where experts have few rows: one wgmma of float8 a half and 32 of K, then
-// sums += acc * scale of the weight row * scale of the token, all exact but the last addition. Two operations of
-// float32 for each sum and 32 of K: little beside the weights' bytes as long as tokens are few.
+// MxFp8 where experts have few rows: one wgmma of float8 a half and 32 of K, then its sums under their scales.
 #pragma once
+#include "mx_sums.cuh"
 #include "mx_weight_scales.cuh"
 #include "wgmma_sm90.cuh"
 
@@ -49,7 +48,7 @@ struct MxFewFormat {
       tokens_.for_each(0, [&](int token, const float*) {
         const uint32_t word = __float_as_uint(stage.factors.factor[0][token]);
 #pragma unroll
-        for (int s = 0; s < kMxScales; ++s) stage.factors.factor[s][token] = .5f * mx_scale(word, s);
+        for (int s = 0; s < kMxScales; ++s) stage.factors.factor[s][token] = mx_token_factor(word >> 8 * s & 255);
       });
     }
 
@@ -87,12 +86,6 @@ struct MxFewFormat {
   }
 
  private:
-  // Of 32 products e4m3 each, a sum is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale, and times
-  // two, it is a float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to
-  // the other side.
-  static constexpr uint32_t kMostNearByte = 230;  // kFarScale's
-  static constexpr float kFarScale = 0x1p103f, kShift = 0x1p40f, kLargest = 0x1p127f;
-
   // What a thread needs of a stage.
   template <int kTokens>
   struct StageScales {
@@ -114,12 +107,8 @@ struct MxFewFormat {
     DEVICE bool any_far() const {
       uint32_t above = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) above |= bytes_above<kMostNearByte>(word[i / 2][i % 2]);
+      for (int i = 0; i < 4; ++i) above |= far_scales(word[i / 2][i % 2]);
       return __any_sync(~0u, above != 0);
-    }
-    // Twice a row's scale, at most 2 kFarScale: no exception for the smallest, half of which is no exponent.
-    DEVICE float twice(int half, int v, int s) const {
-      return __uint_as_float((word[half][v] + 0x01010101 >> 8 * s & 255) << 23);
     }
   };
 
@@ -133,17 +122,9 @@ struct MxFewFormat {
       register_fence(acc[i]);
 #pragma unroll
       for (int j = 0; j < kTokens / 2; ++j) {
-        const int v = j / 2 % 2;
         const float2 two = scales.tokens[s][j / 4];
-        float row = kFar ? mx_scale(scales.word[half][v], s) : scales.twice(half, v, s);
-        float token = j % 2 == 0 ? two.x : two.y;
-        if constexpr (kFar) {
-          const bool shift = row > kFarScale;
-          token *= shift ? 2 * kShift : 2.f;
-          token = token > kLargest ? kLargest : token;  // infinite: so is the sum, unless acc is 0
-          row = shift ? row / kShift : row;
-        }
-        sums[half][j] = __fmaf_rn(acc[i][j] * row, token, sums[half][j]);
+        sums[half][j] = add_scaled<kFar>(sums[half][j], acc[i][j], scales.word[half][j / 2 % 2], s,
+                                         j % 2 == 0 ? two.x : two.y);
       }
     }
   }

@@ -65,4 +65,16 @@ DEVICE uint2 quantize_bf16_mx(const uint4& values, uint32_t& scale) {
   return make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
 }
 
+// 4 of 32 float32 values held by 8 neighbouring lanes, likewise.
+DEVICE uint32_t quantize_f32_mx(const uint4& values, uint32_t& scale) {
+  const float x[4] = {__uint_as_float(values.x), __uint_as_float(values.y), __uint_as_float(values.z),
+                      __uint_as_float(values.w)};
+  float amax = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+#pragma unroll
+  for (int d = 4; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+  scale = mx_block_scale(amax);
+  const float inverse = mx_inverse(scale);
+  return to_e4m3x2(x[0] * inverse, x[1] * inverse) | uint32_t(to_e4m3x2(x[2] * inverse, x[3] * inverse)) << 16;
+}
+
 }  // namespace jax_moe::cuda
