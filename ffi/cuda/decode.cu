@@ -122,8 +122,8 @@ Status DecodeGemm2(const Call& c) {
   p.shuffled = c.p.use_shuffled_weight != 0;
   p.output = static_cast<uint16_t*>(c.buffers.output.data);
   p.mx = DescribeMxScales(c, c.buffers.gemm2_weights_scale, p.stream, false);
-  return Launch("decode_gemm2", FindDecodeGemm2(d.token_tiles, c.p.mx(), d.gemm2.value_bytes), ShapeOf(c, d.gemm2, true),
-                c.stream, map, p);
+  return Launch("decode_gemm2", FindDecodeGemm2(d.token_tiles, c.p.mx(), d.gemm2.value_bytes),
+                ShapeOf(c, d.gemm2, true), c.stream, map, p);
 }
 
 }  // namespace jax_moe::cuda

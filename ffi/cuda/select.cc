@@ -27,11 +27,11 @@ constexpr int kRingBytes = 96 * 1024;
 constexpr int kLongRingBytes = 128 * 1024;
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
 constexpr int kHBytes = 96 * 1024;
-// Local slots, with one and with two tiles of 8 tokens, and bytes of weights, to expect, beyond which the grouped
-// kernels are level or faster: they cost some microseconds more before and behind the weights, but read 5 to 8 %
-// faster.
+// Local slots, with one and with two tiles of 8 tokens, and with two the bytes of weights, to expect, beyond which the
+// grouped kernels are level or faster: they cost some microseconds more before and behind the weights, but have less to
+// do for each token.
 constexpr int64_t kMostExpectedSlots[2] = {64, 48};
-constexpr double kMostExpectedBytes[2] = {800e6, 480e6};
+constexpr double kMostExpectedBytes = 480e6;
 // Rows of an expert to expect, up to which blocks of kFewRows hold most experts' whole: their small stages make room
 // for more of them in the ring, and memory is read 1 to 3 % faster. MxFp8: up to which products of float8 and a factor
 // a sum cost less than to make bf16 of the weights.
@@ -88,7 +88,7 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   d.token_tiles = int(CeilDiv(tokens, 8));
   const int64_t most_slots = kMostExpectedSlots[d.token_tiles - 1];
   if (p.expanded_rows() * p.local_num_experts > most_slots * p.num_experts) return d;
-  if (ExpectedBytes(p) > kMostExpectedBytes[d.token_tiles - 1]) return d;
+  if (d.token_tiles == 2 && ExpectedBytes(p) > kMostExpectedBytes) return d;
   d.slice_columns = 16;
   for (int columns : {32, 64, 128})
     if (p.hidden_size / columns >= num_sms * 2 / 3) d.slice_columns = columns;
@@ -104,9 +104,11 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
       p.expanded_rows() * kHalfBytes <= kMaxDecodeSlots ? value_bytes(p.intermediate_size) : kCodeBytes;
   const auto gemm2_bytes = [&](int h_buffers) {
     return int(
-        DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers, d.gemm2.value_bytes, p.mx()).bytes);
+        DecodeGemm2Layout(0, i_blocks, int(tokens), int(p.top_k), d.token_tiles, h_buffers, d.gemm2.value_bytes, p.mx())
+            .bytes);
   };
-  const int gemm1_other = int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles, d.gemm1.value_bytes, p.mx()).bytes);
+  const int gemm1_other =
+      int(DecodeGemm1Layout(0, h_blocks, int(tokens), d.token_tiles, d.gemm1.value_bytes, p.mx()).bytes);
   d.h_buffers = std::clamp(kHBytes / (gemm2_bytes(1) - gemm2_bytes(0)), 2, kMaxHBuffers);
   const bool is_long = kDecodeGemm1Rows * p.hidden_size > kRingBytes && !fresh;
   const bool gemm1_fits = FitTile(p, p.hidden_size, kDecodeGemm1Rows, is_long ? kLongRingBytes : kRingBytes,

@@ -111,7 +111,7 @@ DEVICE void multiply(Fixed& fixed, uint32_t ring, uint32_t h, uint32_t h_scale, 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = p.slice_rows / 16;
   const WarpShare share(s, s.steps == 1);
   const ActiveTokens& active = fixed.active;
-  const int count = __shfl_sync(~0u, active.experts.count, 0);
+  const int count = __shfl_sync(~0u, active.experts.count, 0);  // as WarpShare has its own
   const auto find = [&](int i) -> ScaleQueue::Place {
     const int slice = divide(i, max(count, 1)), first = (int(blockIdx.x) + slice * int(gridDim.x)) * p.slice_rows;
     if (count == 0 || first >= p.hidden) return {-1, 0};

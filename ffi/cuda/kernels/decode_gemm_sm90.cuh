@@ -112,6 +112,7 @@ class WarpShare {
   DEVICE WarpShare(const WeightStream& stream, bool whole_tiles)
       : teams_(stream.shares.teams), split_(stream.shares.split) {
     const int warp = threadIdx.x / 32, of_group = divide(warp, stream.shares.groups);
+    // NOTE: from one lane: the compiler knows then that all have the same, and keeps what follows in uniform registers.
     group_ = __shfl_sync(~0u, warp & (stream.shares.groups - 1), 0);
     part_ = __shfl_sync(~0u, of_group & (split_ - 1), 0);
     team_ = __shfl_sync(~0u, divide(of_group, split_), 0);

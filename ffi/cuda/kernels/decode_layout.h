@@ -38,9 +38,9 @@ struct StageShares {
   int blocks_of_tile(int chunks, int steps) const { return (steps + teams - 1) / teams * blocks_of_stage(chunks); }
 };
 
-// A token's values and its scales, a row each; with MxFp8 four factors (mx_sums.cuh) are where a scale is. Values are e4m3
-// codes (1 byte), or f16 (2), exact as well, which spares every warp that multiplies them a conversion: each 16 as the
-// pairs 0 2 4 6, then 1 3 5 7. NOTE: the pitch puts rows 16 bytes apart modulo 128, so that eight of them are read
+// A token's values and its scales, a row each; with MxFp8 four factors (mx_sums.cuh) are where a scale is. Values are
+// e4m3 codes (1 byte), or f16 (2), exact as well, which spares every warp that multiplies them a conversion: each 16 as
+// the pairs 0 2 4 6, then 1 3 5 7. NOTE: the pitch puts rows 16 bytes apart modulo 128, so that eight of them are read
 // without bank conflicts.
 inline constexpr int kCodeBytes = 1, kHalfBytes = 2;
 HOST_DEVICE constexpr int token_pitch(int k_blocks, int value_bytes) { return k_blocks * 128 * value_bytes + 16; }

@@ -26,8 +26,8 @@ struct MxScaleStream {
   }
 };
 
-// By a whole warp, beside the boxes of a stage: asks for the words of its rows, 16 or a multiple of 32 up to 32 kMine.
-// NOTE: with as little as possible for a stage, or the warp would take longer than the memory.
+// By a whole warp, asks for the words of a stage's rows, 16 or a multiple of 32 up to 32 kMine. NOTE: with as little as
+// possible for a stage, or the warp would take longer than the memory.
 template <int kMine>
 class MxScaleLoader {
  public:

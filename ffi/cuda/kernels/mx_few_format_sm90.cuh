@@ -123,8 +123,8 @@ struct MxFewFormat {
 #pragma unroll
       for (int j = 0; j < kTokens / 2; ++j) {
         const float2 two = scales.tokens[s][j / 4];
-        sums[half][j] = add_scaled<kFar>(sums[half][j], acc[i][j], scales.word[half][j / 2 % 2], s,
-                                         j % 2 == 0 ? two.x : two.y);
+        sums[half][j] =
+            add_scaled<kFar>(sums[half][j], acc[i][j], scales.word[half][j / 2 % 2], s, j % 2 == 0 ? two.x : two.y);
       }
     }
   }

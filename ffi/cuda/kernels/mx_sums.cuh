@@ -6,9 +6,9 @@
 
 namespace jax_moe::cuda {
 
-// Of 32 products e4m3 each, a sum is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale, and times two,
-// it is a float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to the other
-// side.
+// Of 32 products e4m3 each, a sum is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale, and times
+// two, it is a float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to the
+// other side.
 inline constexpr uint32_t kMostNearByte = 230;  // kFarScale's
 inline constexpr float kFarScale = 0x1p103f, kShift = 0x1p40f, kLargest = 0x1p127f;
 
@@ -18,9 +18,7 @@ DEVICE uint32_t far_scales(uint32_t word) { return bytes_above<kMostNearByte>(wo
 DEVICE float mx_token_factor(uint32_t byte) { return .5f * __uint_as_float(mx_scale_bits(byte)); }
 // A row's, number s of a word: twice its scale, at most 2 kFarScale. No exception for the smallest, half of which is no
 // exponent.
-DEVICE float mx_row_factor(uint32_t word, int s) {
-  return __uint_as_float((word + 0x01010101 >> 8 * s & 255) << 23);
-}
+DEVICE float mx_row_factor(uint32_t word, int s) { return __uint_as_float((word + 0x01010101 >> 8 * s & 255) << 23); }
 
 // kFar: a scale of the row may be above kFarScale, or NaN.
 template <bool kFar>
