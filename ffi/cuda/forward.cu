@@ -83,7 +83,7 @@ Status Route(const Call& c) {
 }
 
 // The weights [L, rows, k] of one GEMM, in the caller's layout.
-Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k,
+Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k, bool zipped,
                        CUtensorMap* map, GemmShape* shape) {
   const int64_t k_blocks = k / kBlockK, experts = c.p.local_num_experts;
   const bool block_major = c.p.block_major_k();
@@ -93,19 +93,20 @@ Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale
   shape->expert_stride = int(block_major ? rows * k_blocks : rows);
   shape->k_stride = int(block_major ? rows : 0);
   shape->k_columns = block_major ? 0 : kBlockK;
-  return block_major ? EncodeBytes(map, weights.data, experts * k_blocks * rows, kBlockK, kHalfRows, c.config.l2_bytes)
-                     : EncodeBytes(map, weights.data, experts * rows, k, kHalfRows, c.config.l2_bytes);
+  return EncodeWeights(map, weights.data, experts * rows * (block_major ? k_blocks : 1), block_major ? kBlockK : k,
+                       kHalfRows, zipped, c.config.l2_bytes);
 }
 
 // The scales of such weights with MxFp8; by_turns: their up and gate rows take turns, which a grid's do not. k_blocks:
 // of each of their tiles, or'ed with those of tiles that a launch has before them.
-MxWeightScales DescribeScales(const Call& c, const Buffer& scale, bool by_turns, int k_blocks, int most_words) {
+MxWeightScales DescribeScales(const Call& c, const Buffer& scale, bool by_turns, bool zipped, int k_blocks,
+                              int most_words) {
   const bool shuffled = c.p.use_shuffled_weight != 0;
   const MxScaleOrder rows = shuffled ? MxScaleOrder::kInterleaved : MxScaleOrder::kRows;
   const MxScaleOrder grid = by_turns ? MxScaleOrder::kGridByTurns : MxScaleOrder::kGrid;
   const MxScaleOrder order = c.p.weights_scale_rows == 1 ? rows : grid;
   return {static_cast<const uint32_t*>(scale.data), order,
-          order == MxScaleOrder::kInterleaved ? 1 : std::gcd(k_blocks, most_words)};
+          order == MxScaleOrder::kInterleaved ? 1 : std::gcd(k_blocks, most_words), zipped};
 }
 
 // Tokens' scales: the caller's, or those that the route's CTAs have made.
@@ -123,13 +124,13 @@ TokenScales DescribeTokenScales(const Call& c) {
 // What one GEMM is told of its tokens' and its weights' scales.
 template <class Format>
 typename Format::Scales ScalesOf(const Call& c, const TokenScales& tokens, const Buffer& weights, bool by_turns,
-                                 int k_blocks) {
+                                 bool zipped, int k_blocks) {
   if constexpr (!Format::kMx)
     return tokens;
   else if constexpr (Format::kTokenPlanes > 1)
-    return DescribeScales(c, weights, by_turns, k_blocks, Format::kMostWords);
+    return DescribeScales(c, weights, by_turns, zipped, k_blocks, Format::kMostWords);
   else
-    return {tokens, DescribeScales(c, weights, by_turns, k_blocks, Format::kMostWords)};
+    return {tokens, DescribeScales(c, weights, by_turns, zipped, k_blocks, Format::kMostWords)};
 }
 
 // GEMM1, GEMM2 of a slab, or both, in one launch.
@@ -143,9 +144,9 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
   GroupedGemmParameters<Format> g{};
   GemmShape &first = g.shape[0], &second = g.shape[1];
   Status s = DescribeWeights(c, c.buffers.gemm1_weights, c.buffers.gemm1_weights_scale, c.p.gemm1_rows(), hidden,
-                             &g.weights[0], &first);
+                             !shuffled, &g.weights[0], &first);
   if (s.ok())
-    s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, &g.weights[1],
+    s = DescribeWeights(c, c.buffers.gemm2_weights, c.buffers.gemm2_weights_scale, hidden, inter, false, &g.weights[1],
                         &second);
   // Tokens are float8 beside their scales, or values.
   const bool values = Format::kTokenPlanes > 1;
@@ -158,8 +159,9 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
   second.column_step = kSlabStep;
   second.half_step = 128;
   second.first_row = int(slab.first);
-  g.scales[0] = ScalesOf<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, by_turns, first.k_blocks);
-  g.scales[1] = ScalesOf<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, false,
+  g.scales[0] =
+      ScalesOf<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, by_turns, !shuffled, first.k_blocks);
+  g.scales[1] = ScalesOf<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, false, false,
                                  first.k_blocks | second.k_blocks);
   const void* codes = c.p.hidden_states_are_bf16() ? w.x : c.buffers.hidden_states.data;
   g.rows = {static_cast<const uint8_t*>(values ? w.x_values : codes), w.permuted_idx_to_token};

@@ -10,6 +10,10 @@ namespace jax_moe::cuda {
 // uint8 [rows, columns], boxes of box_rows x 128, swizzled so that wgmma reads them without bank conflicts. l2_bytes:
 // 128 or 256, that L2 reads from memory at a time; with 256 the neighbour of a box comes too.
 Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, int l2_bytes);
+// uint8 [rows, columns], boxes of box_rows x 128, multiples of 16, at (column, 0, 0, row / 16); swizzled likewise.
+// zipped: of every 16 rows the even ones land before the odd ones, as shuffled weights are in memory.
+Status EncodeWeights(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, bool zipped,
+                     int l2_bytes);
 // uint8 [chunks][rows][128], rows and chunks so many bytes apart, in boxes of box_chunks x box_rows x 128, swizzled.
 // L2 reads 128 bytes at a time.
 Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t chunks, int64_t row_bytes,

@@ -2,6 +2,7 @@
 // go on, or at a random moment; a cp.async lands at once, when its thread waits for it, or when it arrives on a
 // barrier.
 #include <algorithm>
+#include <array>
 
 #include "machine.h"
 #include "overlap.h"
@@ -9,16 +10,18 @@
 namespace emulation {
 namespace {
 
-struct TensorMap {  // what a CUtensorMap holds here; of rank 2, the third dimension has one element
+constexpr int kMostRank = 4;
+struct TensorMap {  // what a CUtensorMap holds here; dimensions past its rank have one element
   uint64_t magic;
   const uint8_t* base;
-  uint64_t sizes[3];    // elements, rows, planes
-  uint64_t strides[2];  // bytes between rows and between planes
-  uint32_t box[3];
+  uint64_t sizes[kMostRank];        // elements of a row, rows, ...
+  uint64_t strides[kMostRank - 1];  // bytes between rows, ...
+  uint32_t box[kMostRank];
   uint32_t rank, element_bytes, swizzle_128;
 
   uint32_t row_bytes() const { return box[0] * element_bytes; }
-  uint32_t box_bytes() const { return row_bytes() * box[1] * box[2]; }
+  uint32_t box_rows() const { return box[1] * box[2] * box[3]; }
+  uint32_t box_bytes() const { return row_bytes() * box_rows(); }
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 constexpr uint64_t kMagic = 0x70616d726f736e65;
@@ -26,7 +29,7 @@ constexpr uint64_t kMagic = 0x70616d726f736e65;
 struct TensorLoad {
   uint32_t smem, barrier;
   TensorMap map;  // NOTE: a copy; the kernel's parameters are this thread's and may be gone when the copy lands
-  int x, y, z;
+  std::array<int, kMostRank> at;
   Moment issued;
 };
 std::vector<TensorLoad> loads;
@@ -53,15 +56,19 @@ struct Columns {
 };
 Columns columns_inside(const TensorLoad& load) {
   const TensorMap& m = load.map;
-  const int64_t first = std::clamp<int64_t>(-int64_t(load.x), 0, m.box[0]);
-  return {first, std::clamp<int64_t>(int64_t(m.sizes[0]) - load.x, first, m.box[0])};
+  const int64_t first = std::clamp<int64_t>(-int64_t(load.at[0]), 0, m.box[0]);
+  return {first, std::clamp<int64_t>(int64_t(m.sizes[0]) - load.at[0], first, m.box[0])};
 }
 // Where element 0 of row `r` of a box would be; null when the row is outside the tensor. Rows of all planes count on.
 const uint8_t* row_inside(const TensorLoad& load, uint32_t r) {
   const TensorMap& m = load.map;
-  const int64_t y = int64_t(load.y) + r % m.box[1], z = int64_t(load.z) + r / m.box[1];
-  if (y < 0 || y >= int64_t(m.sizes[1]) || z < 0 || z >= int64_t(m.sizes[2])) return nullptr;
-  return m.base + z * int64_t(m.strides[1]) + y * int64_t(m.strides[0]) + int64_t(load.x) * m.element_bytes;
+  const uint8_t* row = m.base + int64_t(load.at[0]) * m.element_bytes;
+  for (int i = 1; i < kMostRank; r /= m.box[i++]) {
+    const int64_t index = int64_t(load.at[i]) + r % m.box[i];
+    if (index < 0 || index >= int64_t(m.sizes[i])) return nullptr;
+    row += index * int64_t(m.strides[i - 1]);
+  }
+  return row;
 }
 
 void land(const TensorLoad& load) {
@@ -70,7 +77,7 @@ void land(const TensorLoad& load) {
   const Columns inside = columns_inside(load);
   const uint32_t skipped = uint32_t(inside.first) * m.element_bytes;
   std::vector<uint8_t> row(m.row_bytes());
-  for (uint32_t r = 0; r < m.box[1] * m.box[2]; ++r) {
+  for (uint32_t r = 0; r < m.box_rows(); ++r) {
     std::fill(row.begin(), row.end(), 0);
     if (const uint8_t* from = row_inside(load, r); from && inside.end > inside.first)
       std::memcpy(row.data() + skipped, from + skipped, (inside.end - inside.first) * m.element_bytes);
@@ -140,17 +147,17 @@ void finish_thread_copies(Thread& thread) {
 
 void check_tensor_map(const CUtensorMap* map) { read_map(map); }
 
-void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int rank, int x, int y, int z, uint32_t barrier) {
+void queue_tensor_load(uint32_t smem, const CUtensorMap* map, std::array<int, 4> at, int rank, uint32_t barrier) {
   const TensorMap m = read_map(map);
   if (int(m.rank) != rank) fail("a bulk copy of rank %d through a tensor map of rank %u", rank, m.rank);
   if (smem % (m.swizzle_128 ? 1024 : 128)) fail("a bulk copy to shared address %#x, which is misaligned", smem);
   // Seen on an H100: an illegal instruction.
-  if (int64_t(x) * m.element_bytes % 16) fail("a bulk copy from element %d of a row, which is misaligned", x);
+  if (int64_t(at[0]) * m.element_bytes % 16) fail("a bulk copy from element %d of a row, which is misaligned", at[0]);
   shared_views(smem, m.box_bytes(), "bulk copy");
   check_write(smem, m.box_bytes());
-  const TensorLoad load{smem, barrier, m, x, y, z, this_moment()};
+  const TensorLoad load{smem, barrier, m, at, this_moment()};
   const Columns inside = columns_inside(load);
-  for (uint32_t r = 0; r < m.box[1] * m.box[2]; ++r)
+  for (uint32_t r = 0; r < m.box_rows(); ++r)
     if (const uint8_t* row = row_inside(load, r); row && inside.end > inside.first)
       check_global_read(row + inside.first * m.element_bytes, uint32_t(inside.end - inside.first) * m.element_bytes);
   loads.push_back(load);
@@ -163,9 +170,8 @@ void queue_bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t
   shared_views(smem, bytes, "bulk copy");
   check_write(smem, bytes);
   check_global_read(global, bytes);
-  const TensorMap row{kMagic, static_cast<const uint8_t*>(global), {bytes, 1, 1}, {bytes, bytes}, {bytes, 1, 1}, 2, 1,
-                      0};
-  loads.push_back({smem, barrier, row, 0, 0, 0, this_moment()});
+  const TensorMap row{kMagic, static_cast<const uint8_t*>(global), {bytes, 1, 1, 1}, {}, {bytes, 1, 1, 1}, 2, 1, 0};
+  loads.push_back({smem, barrier, row, {}, this_moment()});
 }
 
 void queue_cp_async(uint32_t smem, const void* global, uint32_t bytes) {
@@ -226,10 +232,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
       element_bytes = 8;
       break;
   }
-  if (rank != 2 && rank != 3) return CUDA_ERROR_INVALID_VALUE;
+  if (rank < 2 || rank > emulation::kMostRank) return CUDA_ERROR_INVALID_VALUE;
   const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   emulation::TensorMap m{
-      emulation::kMagic, static_cast<const uint8_t*>(address), {1, 1, 1}, {0, 0}, {1, 1, 1}, rank, element_bytes,
+      emulation::kMagic, static_cast<const uint8_t*>(address), {1, 1, 1, 1}, {}, {1, 1, 1, 1}, rank, element_bytes,
       swizzled};
   std::copy(sizes, sizes + rank, m.sizes);
   std::copy(strides, strides + rank - 1, m.strides);

@@ -31,7 +31,7 @@ struct ActivationEpilogueOf {
   int64_t scale_stride;
   ActivationChoice activation;
   LoraDelta lora;
-  bool shuffled;
+  bool shuffled;  // as MxFp8 has it
 
   static constexpr bool kMx = kIsMx;
   static constexpr int kScales = kMx ? 2 : 1;  // of a token, that a warpgroup's values need

@@ -19,21 +19,19 @@ struct NarrowActivation {
 
   template <int kSums>
   DEVICE void run(float (&sums)[2][kSums], const Tile& tile) const {
-    if (p.shuffled)
-      run_as<true>(sums, tile);
+    if (kMx && p.shuffled)
+      run_as<kMx>(sums, tile);
     else
       run_as<false>(sums, tile);
   }
 
  private:
+  // kShuffled: as MxFp8 has it.
   template <bool kShuffled, int kSums>
   DEVICE void run_as(float (&sums)[2][kSums], const Tile& tile) const {
     with_activation(p.activation, tile.expert(), [&](const auto& function) {
       constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
-      constexpr Order kOrder = !kShuffled ? Order::kPlain
-                               : !kMx     ? Order::kFours
-                               : kGated   ? Order::kTurns
-                                          : Order::kEights;
+      constexpr Order kOrder = !kShuffled ? Order::kFours : kGated ? Order::kTurns : Order::kEights;
       const int64_t column = int64_t(tile.column) * (kGated ? 128 : 256);
       const bool second = kGated || column + 128 < p.intermediate;  // half of the last tile may be outside
       if (p.lora.delta) add_lora<kOrder>(sums, {column, column + (kGated ? p.intermediate : 128)}, second);

@@ -7,14 +7,12 @@
 
 namespace jax_moe::cuda {
 
-// The four sums of this thread in 16 weight rows of one of its tokens, in the order of the columns: at 16 group + 2
-// quad + {0, 1, 8, 9}, or of fours 16 group + 4 quad + {0, 1, 2, 3}.
-template <Order kOrder>
+// The four sums of this thread in 16 weight rows of one of its tokens, where these are zipped or shuffled: at columns
+// 16 group + 4 quad + {0, 1, 2, 3}.
 DEVICE float4 fragment(const float (&sums)[64], int group, int r) {
   const float* low = &sums[8 * group + 2 * r];
   const float* high = low + 4;
-  return kOrder == Order::kFours ? make_float4(low[0], high[0], low[1], high[1])
-                                 : make_float4(low[0], low[1], high[0], high[1]);
+  return make_float4(low[0], high[0], low[1], high[1]);
 }
 
 // This warp's 16 staged rows of 128 bytes on their way to memory, rows of `stride` bytes. In two steps, so that other
@@ -31,12 +29,11 @@ class StagedRows {
 #pragma unroll
     for (int i = 0; i < 4; ++i) rows_[i] = load_shared_v4(WarpgroupContext::swizzled(staged_, row_ + 4 * i, piece_));
   }
-  // To `offset` bytes behind the destination, each piece as change(piece).
-  template <class Change>
-  DEVICE void store(int offset, const Change& change) const {
+  // To `offset` bytes behind the destination.
+  DEVICE void store(int offset) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (row_ + 4 * i < tokens_) store_global_v4(to_[i] + offset, change(rows_[i]));
+      if (row_ + 4 * i < tokens_) store_global_v4(to_[i] + offset, rows_[i]);
   }
 
  private:
@@ -53,41 +50,32 @@ struct WideActivation {
   const WarpgroupContext& wg;
 
   DEVICE void run(float (&sums)[2][64], const Tile& tile) const {
-    if (p.shuffled)
-      run_as<Order::kFours>(sums, tile);
-    else
-      run_as<Order::kPlain>(sums, tile);
-  }
-
- private:
-  template <Order kOrder>
-  DEVICE void run_as(float (&sums)[2][64], const Tile& tile) const {
     with_activation(p.activation, tile.expert(), [&](const auto& function) {
       constexpr bool kGated = std::decay_t<decltype(function)>::kGated;
       const int64_t column = int64_t(tile.column) * (kGated ? 128 : 256);
       const bool second = kGated || column + 128 < p.intermediate;  // half of the last tile may be outside
       if (p.lora.delta) {
-        add_lora<kOrder>(sums[0], column);
-        if (second) add_lora<kOrder>(sums[1], column + (kGated ? p.intermediate : 128));
+        add_lora(sums[0], column);
+        if (second) add_lora(sums[1], column + (kGated ? p.intermediate : 128));
       }
       if constexpr (kGated) {
 #pragma unroll
         for (int i = 0; i < 64; ++i) sums[0][i] = function(sums[1][i], sums[0][i]);
-        requantise<kOrder>(sums[0], column);
+        requantise(sums[0], column);
       } else {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (half == 1 && !second) return;
 #pragma unroll
           for (int i = 0; i < 64; ++i) sums[half][i] = function(sums[half][i]);
-          requantise<kOrder>(sums[half], column + 128 * half);
+          requantise(sums[half], column + 128 * half);
         }
       }
     });
   }
 
+ private:
   // sums += delta at columns [column, + 128).
-  template <Order kOrder>
   DEVICE void add_lora(float (&sums)[64], int64_t column) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -98,20 +86,13 @@ struct WideActivation {
       for (int group = 0; group < 8; ++group) {
         float* low = &sums[8 * group + 2 * r];
         float* high = low + 4;
-        if constexpr (kOrder == Order::kFours) {
-          const uint2 v = __ldg(reinterpret_cast<const uint2*>(from + 16 * group + 4 * wg.quad()));
-          low[0] += bf16_lo(v.x), high[0] += bf16_hi(v.x), low[1] += bf16_lo(v.y), high[1] += bf16_hi(v.y);
-        } else {
-          const uint32_t a = __ldg(reinterpret_cast<const uint32_t*>(from + 16 * group + 2 * wg.quad()));
-          const uint32_t b = __ldg(reinterpret_cast<const uint32_t*>(from + 16 * group + 2 * wg.quad() + 8));
-          low[0] += bf16_lo(a), low[1] += bf16_hi(a), high[0] += bf16_lo(b), high[1] += bf16_hi(b);
-        }
+        const uint2 v = __ldg(reinterpret_cast<const uint2*>(from + 16 * group + 4 * wg.quad()));
+        low[0] += bf16_lo(v.x), high[0] += bf16_hi(v.x), low[1] += bf16_lo(v.y), high[1] += bf16_hi(v.y);
       }
     }
   }
 
   // Stores 128 columns of activations from `column` on.
-  template <Order kOrder>
   DEVICE void requantise(const float (&a)[64], int64_t column) const {
     float inverse[2];  // of fragment_row and + 8
 #pragma unroll
@@ -130,11 +111,11 @@ struct WideActivation {
     __syncwarp();  // what was staged before has been read
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      uint32_t codes[4];  // of two groups and two tokens; with kPlain two neighbours' and two from 8 columns on
+      uint32_t codes[4];  // of two groups and two tokens
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = i % 2;
-        const float4 v = fragment<kOrder>(a, 2 * pair + i / 2, r);
+        const float4 v = fragment(a, 2 * pair + i / 2, r);
         codes[i] = to_e4m3x2(v.x * inverse[r], v.y * inverse[r]) |
                    uint32_t(to_e4m3x2(v.z * inverse[r], v.w * inverse[r])) << 16;
       }
@@ -145,13 +126,7 @@ struct WideActivation {
     __syncwarp();
     StagedRows rows(wg, p.h + wg.row0 * p.intermediate + column, p.intermediate);
     rows.load();
-    rows.store(0, [](const uint4& v) {
-      if constexpr (kOrder == Order::kFours)
-        return v;
-      else  // units of two codes: first those of the first 8 columns
-        return make_uint4(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x5410), __byte_perm(v.x, v.y, 0x7632),
-                          __byte_perm(v.z, v.w, 0x7632));
-    });
+    rows.store(0);
   }
 };
 
@@ -172,17 +147,14 @@ struct WideBf16 {
         stage_fours(sums[chunk / 2], chunk % 2 * 4);
       else
         stage(&sums[chunk / 2][chunk % 2 * 32]);
-      if (chunk > 0) store(rows, chunk - 1);  // had been on their way meanwhile
+      if (chunk > 0) rows.store((chunk - 1) * 128);  // had been on their way meanwhile
       __syncwarp();
       rows.load();
     }
-    store(rows, second ? 3 : 1);
+    rows.store((second ? 3 : 1) * 128);
   }
 
  private:
-  static DEVICE void store(const StagedRows& rows, int chunk) {
-    rows.store(chunk * 128, [](const uint4& v) { return v; });
-  }
   DEVICE void stage(const float* s) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -197,7 +169,7 @@ struct WideBf16 {
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float4 v = fragment<Order::kFours>(sums, first + i, r);
+        const float4 v = fragment(sums, first + i, r);
         const uint32_t at = WarpgroupContext::swizzled(wg.staging, wg.fragment_row() + 8 * r, 2 * i + wg.quad() / 2) +
                             wg.quad() % 2 * 8;
         store_shared_v2(at, make_uint2(to_bf16x2(v.x, v.y), to_bf16x2(v.z, v.w)));

@@ -96,8 +96,8 @@ class Loader {
     mbarrier_arrive_expect(full, sizeof(stage.weights) + tokens.bytes(tile_));
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      tma_load_2d(smem_address(stage.weights[half]), weights, k * shape.k_columns,
-                  tile_.expert() * shape.expert_stride + k * shape.k_stride + b_row(shape, tile_, half), full);
+      tma_load_4d(smem_address(stage.weights[half]), weights, k * shape.k_columns, 0, 0,
+                  (tile_.expert() * shape.expert_stride + k * shape.k_stride + b_row(shape, tile_, half)) / 16, full);
   }
 
   Shared& shared_;

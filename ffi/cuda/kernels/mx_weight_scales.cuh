@@ -18,6 +18,7 @@ struct MxWeightScales {
   const uint32_t* words;
   MxScaleOrder order;
   int words_per_request;  // of as many K blocks: divides those of every tile; 1 unless they are neighbours
+  bool zipped;            // as the weights come: of every 16 rows the even ones, then the odd ones
 
   // The word of a row of an expert's weights and the first 128 of K, and how far the next one is. NOTE: 2^32 words are
   // the scales of 512 GiB of weights.
@@ -34,6 +35,8 @@ struct MxWeightScales {
         return (base + r) * k_blocks;
     }
   }
+  // The row of a half that lands as its row r.
+  DEVICE int row_of(int r) const { return zipped ? r / 16 * 16 + r % 8 * 2 + r / 8 % 2 : r; }
   DEVICE uint32_t step() const { return order == MxScaleOrder::kInterleaved ? 128 : 1; }
 };
 
@@ -63,7 +66,8 @@ class MxWeightWords {
     for (int i = 0; i < kMine; ++i) {
       int row = min(thread_ + i * kThreads, kCount - 1);
       hide(row);  // what follows from it is not for the loop over tiles to carry
-      at_[i] = scales_.first(shape_, tile.expert(), b_row(shape_, tile, row / kHalfRows) + row % kHalfRows);
+      at_[i] =
+          scales_.first(shape_, tile.expert(), b_row(shape_, tile, row / kHalfRows) + scales_.row_of(row % kHalfRows));
     }
   }
   // The words of that K block, the next; with those of some after it, if they have not come with one before.

@@ -68,6 +68,13 @@ DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
       : "memory");
 }
+DEVICE void tma_load_4d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, int w, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(smem),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
 // For what is read once: it is the first to make room for others.
 DEVICE uint64_t evict_first_policy() {
   uint64_t policy;

@@ -7,20 +7,18 @@
 
 namespace jax_moe::cuda {
 
-// The column, in a half's 128, of this thread's row v (0: fragment_row, 1: + 8). kTurns: of the values of half v, in
-// the tile's 128.
+// GEMM1: the column, in a half's 128, of this thread's row v (0: fragment_row, 1: + 8). kTurns: of the values of half
+// v, in the tile's 128.
 template <Order kOrder>
 DEVICE int column_of(const WarpgroupContext& wg, int v) {
   const int warp = wg.warp(), row = wg.lane() / 4, first = wg.index * kWarpgroupRows;
   switch (kOrder) {
-    case Order::kFours:
-      return first + 16 * warp + 2 * row + v;
     case Order::kEights:
       return first + 32 * (warp / 2) + 4 * row + 2 * (warp % 2) + v;
     case Order::kTurns:
       return 64 * v + 32 * wg.index + 16 * (warp / 2) + 2 * row + warp % 2;
     default:
-      return first + 16 * warp + row + 8 * v;
+      return first + 16 * warp + 2 * row + v;
   }
 }
 
@@ -44,19 +42,16 @@ struct StagedCodes {
   // 16 neighbouring columns of a token, those from first_column(wg, piece) on.
   template <Order kOrder>
   DEVICE uint4 get(int token, int p) const {
+    static_assert(kOrder != Order::kPlain, "GEMM1's rows never are");
     if constexpr (kOrder == Order::kFours) {
       return load_shared_v4(piece(token, p));
     } else if constexpr (kOrder == Order::kEights) {
       return zip16(piece(token, p & ~1) + p % 2 * 8, piece(token, p | 1) + p % 2 * 8);
-    } else if constexpr (kOrder == Order::kTurns) {
+    } else {
       const uint4 a = load_shared_v4(piece(token, p % 2 * 2)), b = load_shared_v4(piece(token, p % 2 * 2 + 1));
       const uint32_t which = p / 2 == 0 ? 0x6240 : 0x7351;
       return make_uint4(__byte_perm(a.x, b.x, which), __byte_perm(a.y, b.y, which), __byte_perm(a.z, b.z, which),
                         __byte_perm(a.w, b.w, which));
-    } else {
-      const uint4 a = load_shared_v4(piece(token, p));
-      return make_uint4(__byte_perm(a.x, a.y, 0x6420), __byte_perm(a.z, a.w, 0x6420), __byte_perm(a.x, a.y, 0x7531),
-                        __byte_perm(a.z, a.w, 0x7531));
     }
   }
   template <Order kOrder>

@@ -35,6 +35,8 @@ struct TokenScales {
 // What both GEMMs are told. A tile's two halves are 128 weight rows each, from first_row + column * column_step on and
 // half_step rows later. Box (row, k) of an expert begins at element (k * k_columns, expert * expert_stride + k *
 // k_stride + row) of the weights: MajorK steps along its rows, BlockMajorK from one [rows, 128] matrix to the next.
+// GEMM1's rows come zipped (tensor_map.h) unless they are shuffled in memory: neighbouring columns of the result are
+// then in one thread.
 struct GemmShape {
   const float* b_scale;  // [L * rows_per_expert / 128, k_blocks]
   int rows_per_expert;   // M or H

@@ -31,10 +31,10 @@ struct WarpgroupContext {
   }
 };
 
-// Which output columns weight rows are, as the caller stored them.
+// Which output columns weight rows are, as they come into shared memory.
 enum class Order {
-  kPlain,   // column = row
-  kFours,   // shuffled: row n of 16 is column 2 n (n < 8) or 2 (n - 8) + 1
+  kPlain,   // column = row; of GEMM2
+  kFours,   // shuffled, or zipped: row n of 16 is column 2 n (n < 8) or 2 (n - 8) + 1
   kEights,  // shuffled, MxFp8: row n of 32 is column 4 (n % 8) + n / 8
   kTurns    // shuffled, MxFp8, gated: as kEights, of columns whose even ones are up and whose odd ones are gate
 };

@@ -3,6 +3,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdint>
 
 #define DEVICE inline
@@ -21,7 +22,7 @@ void write_shared(uint32_t smem, const void* from, uint32_t bytes);
 void publish_to_async_proxy();
 // copies.cc
 void check_tensor_map(const CUtensorMap* map);
-void queue_tensor_load(uint32_t smem, const CUtensorMap* map, int rank, int x, int y, int z, uint32_t barrier);
+void queue_tensor_load(uint32_t smem, const CUtensorMap* map, std::array<int, 4> at, int rank, uint32_t barrier);
 void queue_bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier);
 void queue_cp_async(uint32_t smem, const void* global, uint32_t bytes);
 void queue_cp_async_arrival(uint32_t barrier);
@@ -64,10 +65,13 @@ DEVICE void mbarrier_wait(uint32_t smem, uint32_t parity) { emulation::wait_mbar
 
 DEVICE void prefetch_tensor_map(const CUtensorMap* map) { emulation::check_tensor_map(map); }
 DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
-  emulation::queue_tensor_load(smem, map, 2, x, y, 0, barrier);
+  emulation::queue_tensor_load(smem, map, {x, y, 0, 0}, 2, barrier);
 }
 DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint64_t) {
-  emulation::queue_tensor_load(smem, map, 3, x, y, z, barrier);
+  emulation::queue_tensor_load(smem, map, {x, y, z, 0}, 3, barrier);
+}
+DEVICE void tma_load_4d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, int w, uint32_t barrier) {
+  emulation::queue_tensor_load(smem, map, {x, y, z, w}, 4, barrier);
 }
 DEVICE uint64_t evict_first_policy() { return 0; }
 DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
