@@ -229,6 +229,52 @@ std::string BoxesOfRankThree() {
   return "";
 }
 
+// A box of rank four that brings the even rows of every 16 before the odd ones.
+struct Zipped {
+  CUtensorMap map;
+  uint8_t* seen;
+};
+constexpr int kZippedRows = 32;
+
+void CopyZipped(Zipped z) {
+  uint8_t* box = dynamic_shared_memory();
+  constexpr int kBytes = kZippedRows * 128;
+  const uint32_t barrier = smem_address(box + kBytes);
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    mbarrier_fence_init();
+    mbarrier_arrive_expect(barrier, kBytes);
+    tma_load_4d(smem_address(box), &z.map, 128, 0, 0, 1, barrier);
+  }
+  __syncthreads();
+  mbarrier_wait(barrier, 0);
+  for (int i = threadIdx.x; i < kBytes / 16; i += 32) {
+    const uint4 v = load_shared_v4(Swizzled(smem_address(box), i / 8, i % 8));
+    std::memcpy(z.seen + i * 16, &v, 16);
+  }
+}
+
+std::string ZippedBox() {
+  constexpr int kRows = 48, kColumns = 256;
+  alignas(16) static uint8_t data[kRows * kColumns];
+  for (size_t i = 0; i < sizeof data; ++i) data[i] = uint8_t(i / 128 * 7 + i % 128);
+  std::vector<uint8_t> seen(kZippedRows * 128);
+  Zipped z{{}, seen.data()};
+  const cuuint64_t sizes[] = {kColumns, 8, 2, kRows / 16}, strides[] = {2 * kColumns, kColumns, 16 * kColumns};
+  const cuuint32_t box[] = {128, 8, 2, kZippedRows / 16}, steps[] = {1, 1, 1, 1};
+  if (cuTensorMapEncodeTiled(&z.map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, data, sizes, strides, box, steps,
+                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+    return "tensor map refused";
+  const std::string error = Launch(32, unsigned(seen.size()) + 8, &CopyZipped, z);
+  if (!error.empty()) return error;
+  for (int i = 0; i < int(seen.size()); ++i) {
+    const int r = i / 128, row = 16 + r / 16 * 16 + r % 8 * 2 + r / 8 % 2;
+    if (seen[i] != data[row * kColumns + 128 + i % 128]) return "row " + std::to_string(r) + " of the box is wrong";
+  }
+  return "";
+}
+
 // A warp asks for words by cp.async and arrives with them, another one adds them up: two stages, some steps.
 enum class Arrival { kRight, kNoWait, kLaneMissing, kTooEarly };
 struct Words {
@@ -290,6 +336,7 @@ std::string ArrivalTest() {
 const std::map<std::string, std::string (*)()>& DecodeTests() {
   static const std::map<std::string, std::string (*)()> tests{
       {"boxes_of_rank_three", BoxesOfRankThree},
+      {"zipped_box_of_rank_four", ZippedBox},
       {"decode", Test<Mistake::kNone>},
       {"decode_no_full_wait", Test<Mistake::kNoFullWait>},
       {"decode_no_barrier", Test<Mistake::kNoBarrier>},
