@@ -185,22 +185,29 @@ struct Corner {
 };
 constexpr int kCornerRows = 16, kCornerPlanes = 3;
 
-void CopyCorner(Corner c) {
+// Has load(shared address, barrier) bring a box of so many bytes, and shows it unswizzled.
+template <class Load>
+void ShowBox(int bytes, uint8_t* seen, const Load& load) {
   uint8_t* box = dynamic_shared_memory();
-  constexpr int kBytes = kCornerPlanes * kCornerRows * 128;
-  const uint32_t barrier = smem_address(box + kBytes);
+  const uint32_t barrier = smem_address(box + bytes);
   if (threadIdx.x == 0) {
     mbarrier_init(barrier, 1);
     mbarrier_fence_init();
-    mbarrier_arrive_expect(barrier, kBytes);
-    tma_load_3d(smem_address(box), &c.map, c.x, c.y, c.z, barrier, evict_first_policy());
+    mbarrier_arrive_expect(barrier, bytes);
+    load(smem_address(box), barrier);
   }
   __syncthreads();
   mbarrier_wait(barrier, 0);
-  for (int i = threadIdx.x; i < kBytes / 16; i += 32) {
+  for (int i = threadIdx.x; i < bytes / 16; i += 32) {
     const uint4 v = load_shared_v4(Swizzled(smem_address(box), i / 8, i % 8));
-    std::memcpy(c.seen + i * 16, &v, 16);
+    std::memcpy(seen + i * 16, &v, 16);
   }
+}
+
+void CopyCorner(Corner c) {
+  ShowBox(kCornerPlanes * kCornerRows * 128, c.seen, [&](uint32_t to, uint32_t barrier) {
+    tma_load_3d(to, &c.map, c.x, c.y, c.z, barrier, evict_first_policy());
+  });
 }
 
 std::string BoxesOfRankThree() {
@@ -237,21 +244,8 @@ struct Zipped {
 constexpr int kZippedRows = 32;
 
 void CopyZipped(Zipped z) {
-  uint8_t* box = dynamic_shared_memory();
-  constexpr int kBytes = kZippedRows * 128;
-  const uint32_t barrier = smem_address(box + kBytes);
-  if (threadIdx.x == 0) {
-    mbarrier_init(barrier, 1);
-    mbarrier_fence_init();
-    mbarrier_arrive_expect(barrier, kBytes);
-    tma_load_4d(smem_address(box), &z.map, 128, 0, 0, 1, barrier);
-  }
-  __syncthreads();
-  mbarrier_wait(barrier, 0);
-  for (int i = threadIdx.x; i < kBytes / 16; i += 32) {
-    const uint4 v = load_shared_v4(Swizzled(smem_address(box), i / 8, i % 8));
-    std::memcpy(z.seen + i * 16, &v, 16);
-  }
+  ShowBox(kZippedRows * 128, z.seen,
+          [&](uint32_t to, uint32_t barrier) { tma_load_4d(to, &z.map, 128, 0, 0, 1, barrier); });
 }
 
 std::string ZippedBox() {
