@@ -152,14 +152,11 @@ def test_l2_reads_more_at_a_time_where_row_blocks_share_weights() -> None:
 
 
 @needs_kernels
-def test_many_bytes_of_weights_take_the_grouped_kernels() -> None:
-    """Four tokens, 32 slots: few for the decode kernels, unless experts are of 44 MB each. Fewer are many where
-    tokens are two tiles: 16 slots as well.
-    """
-    assert "decode_gemm" in jax_moe.explain(**layer(4, 1024, 512, 32, 8))
-    assert "decode_gemm" in jax_moe.explain(**layer(2, 7168, 2048, 32, 8))
-    assert "grouped_gemm" in jax_moe.explain(**layer(4, 7168, 2048, 32, 8))
-    assert "decode_gemm" in jax_moe.explain(**layer(8, 7168, 2048, 128, 2))
+def test_many_bytes_of_weights_take_the_grouped_kernels_where_tokens_are_two_tiles() -> None:
+    """Up to eight tokens, one tile, only slots count, 64 of them; from nine on experts of 44 MB each are soon many."""
+    assert "decode_gemm" in jax_moe.explain(**layer(8, 7168, 2048, 32, 8))
+    assert "grouped_gemm" in jax_moe.explain(**layer(8, 7168, 2048, 32, 9))
+    assert "decode_gemm" in jax_moe.explain(**layer(9, 1024, 512, 128, 1))
     assert "grouped_gemm" in jax_moe.explain(**layer(16, 7168, 2048, 128, 1))
 
 
