@@ -9,11 +9,11 @@ namespace jax_moe::cuda {
 // Of 32 products e4m3 each, a sum is below 2^23 and a multiple of 2^-18: times any scale up to kFarScale, and times
 // two, it is a float32, exactly. A larger one, of weights that only the tokens' scales bring back, gives kShift to the
 // other side.
-inline constexpr uint32_t kMostNearByte = 230;  // kFarScale's
+inline constexpr uint32_t kFarScaleByte = 230;
 inline constexpr float kFarScale = 0x1p103f, kShift = 0x1p40f, kLargest = 0x1p127f;
 
 // Whether one of a row's four is larger: 0, or not.
-DEVICE uint32_t far_scales(uint32_t word) { return bytes_above<kMostNearByte>(word); }
+DEVICE uint32_t far_scales(uint32_t word) { return bytes_above<kFarScaleByte>(word); }
 // A token's: half of its scale.
 DEVICE float mx_token_factor(uint32_t byte) { return .5f * __uint_as_float(mx_scale_bits(byte)); }
 // A row's, number s of a word: twice its scale, at most 2 kFarScale. No exception for the smallest, half of which is no
