@@ -113,6 +113,9 @@ def _small_cases() -> list[Case]:
     shapes = [(128, 128), (128, 256), (256, 128), (384, 128), (128, 384), (384, 384), (640, 256), (256, 640)]
     shapes += [(896, 384), (384, 896), (1024, 512), (640, 896)]
     cases += [Case(f"h{hidden}_i{inter}", 33, hidden, inter, 4) for hidden, inter in shapes]
+    # Long rows, of which the grouped kernels take two K blocks together: an even and an odd number of them.
+    long = ((33, 3072, 384, "uniform"), (100, 3200, 128, "zipf"), (129, 3200, 384, "one_expert"))
+    cases += [Case(f"h{hidden}_t{n}", n, hidden, inter, 4, routing=routing) for n, hidden, inter, routing in long]
     for name in routings.ROUTINGS:
         cases.append(Case(f"routing_{name}", 53, 256, 128, 16, 4, routing=name, weights="signed"))
         cases.append(Case(f"routing_{name}_window", 53, 256, 128, 16, 4, (5, 7), routing=name))
@@ -128,8 +131,7 @@ def _small_cases() -> list[Case]:
         for tokens in (1, 7, 129)
     ]
     cases += [
-        Case("unfinalized_t0", 0, do_finalize=False),
-        Case("unfinalized_t1", 1, do_finalize=False),
+        *(Case(f"unfinalized_t{tokens}", tokens, do_finalize=False) for tokens in (0, 1)),
         Case("unfinalized", 53, 384, 256, 16, 4, do_finalize=False),
         Case("unfinalized_window", 53, 384, 256, 16, 4, (3, 9), "mixed", do_finalize=False),
         Case("unfinalized_nothing_local", 7, window=(0, 3), routing="none_local", do_finalize=False),
@@ -186,6 +188,7 @@ FACTORS: tuple[dict[str, dict[str, Any]], ...] = (
 def _option_cases() -> list[Case]:
     """Each option alone, at some sizes, and all of them in pairs."""
     cases = [Case(name, 53, 256, 256, 8, 3, **option) for name, option in OPTIONS.items()]
+    cases += [Case(f"{name}_h3072", 33, 3072, 256, 4, **OPTIONS[name]) for name in ("relu2", "lora", "shuffled")]
     for name in ("relu2", "lora", "shuffled"):  # both sides of the rows that a tile takes beside 128
         common: dict[str, Any] = {"routing": "one_expert"} | OPTIONS[name]
         cases += [Case(f"{name}_rows_{n}", n, 256, 256, 2, 1, **common) for n in (143, 145)]
@@ -264,6 +267,7 @@ def _mx_cases() -> list[Case]:
     shapes = ((128, 128), (384, 128), (128, 384), (896, 384), (640, 896), (512, 512), (512, 384), (1024, 768))
     cases += [Case(f"mx_h{h}_i{i}", 33, h, i, 4, **MX) for h, i in shapes]
     cases += [Case(name, 53, 256, 256, 8, 3, **option) for name, option in MX_OPTIONS.items()]
+    cases += [Case(f"{name}_h3200", 33, 3200, 384, 4, **MX_OPTIONS[name]) for name in ("mx", "mx_bf16", "mx_shuffled")]
     rows = (17, 33, 49, 65, 97, 128, 129)
     cases += [Case(f"mx_rows_{n}", n, 256, 256, 2, 1, routing="one_expert", **MX) for n in rows]
     for name in ("mx_relu2", "mx_lora", "mx_shuffled", "mx_shuffled_grid", "mx_bf16"):
@@ -378,11 +382,7 @@ def expected(case: Case, given: Arrays, tokens: NDArray | None = None, requantiz
     if scale is not None and case.mx and not case.scale_is_token_major:
         given = given | {"hidden_states_scale": scale.T}
     return reference.fp8_block_scale_routed_moe(
-        **given,
-        **options,
-        num_experts=case.experts,
-        local_expert_offset=case.offset,
-        requantize=requantize,
+        **given, **options, num_experts=case.experts, local_expert_offset=case.offset, requantize=requantize
     )
 
 

@@ -139,7 +139,7 @@ def test_torch_explain_refuses_what_the_call_refuses() -> None:
 def test_few_rows_an_expert_take_small_blocks() -> None:
     """Of 8 T slots an expert of 128 can expect T / 16: 28 of them are the most for blocks of 32 rows."""
     texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (16, 448, 449)}
-    assert all("grouped_gemm_few_sm90" in texts[t] and "8 to 32 tokens" in texts[t] for t in (16, 448))
+    assert all("grouped_gemm_few_pairs_sm90" in texts[t] and "8 to 32 tokens" in texts[t] for t in (16, 448))
     assert "grouped_gemm_sm90" in texts[449] and "16 to 128 tokens" in texts[449]
 
 
@@ -149,6 +149,22 @@ def test_l2_reads_more_at_a_time_where_row_blocks_share_weights() -> None:
     texts = {tokens: jax_moe.explain(**large(tokens)) for tokens in (16, 1024, 1025)}
     assert all("128 bytes into L2 at a time" in texts[t] for t in (16, 1024))
     assert "256 bytes into L2 at a time" in texts[1025]
+
+
+@needs_kernels
+def test_long_rows_of_weights_that_are_read_once_come_in_pairs_of_k_blocks() -> None:
+    """Up to 64 rows an expert; but not in BlockMajorK, where a K block's rows are neighbours."""
+    text = "weights of two K blocks together"
+    assert text in jax_moe.explain(**layer(64, 2048, 384, 32, 8))  # of 32 rows, from 16 K blocks on
+    assert text not in jax_moe.explain(**layer(64, 1920, 384, 32, 8))
+    assert text not in jax_moe.explain(**layer(64, 2944, 384, 32, 8, mx=True))  # all others, from 24
+    assert text not in jax_moe.explain(**layer(256, 2944, 384, 32, 8))
+    assert text in jax_moe.explain(**layer(64, 3072, 384, 32, 8, mx=True))
+    assert text in jax_moe.explain(**layer(256, 3072, 384, 32, 8))
+    assert text not in jax_moe.explain(**layer(257, 3072, 384, 32, 8))
+    case = CASES["h3072_t33"]
+    assert text in jax_moe.explain(**arguments(case))
+    assert text not in jax_moe.explain(**arguments(dataclasses.replace(case, **cases.BLOCKED)))
 
 
 @needs_kernels

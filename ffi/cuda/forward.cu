@@ -84,7 +84,7 @@ Status Route(const Call& c) {
 
 // The weights [L, rows, k] of one GEMM, in the caller's layout.
 Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale, int64_t rows, int64_t k, bool zipped,
-                       CUtensorMap* map, GemmShape* shape) {
+                       WeightMaps* maps, GemmShape* shape) {
   const int64_t k_blocks = k / kBlockK, experts = c.p.local_num_experts;
   const bool block_major = c.p.block_major_k();
   shape->b_scale = Floats(scale);
@@ -93,8 +93,13 @@ Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale
   shape->expert_stride = int(block_major ? rows * k_blocks : rows);
   shape->k_stride = int(block_major ? rows : 0);
   shape->k_columns = block_major ? 0 : kBlockK;
-  return EncodeWeights(map, weights.data, experts * rows * (block_major ? k_blocks : 1), block_major ? kBlockK : k,
-                       kHalfRows, zipped, c.config.l2_bytes);
+  const bool pairs = c.config.paired_weights;
+  Status s;
+  if (pairs) s = EncodePairs(&maps->paired, weights.data, experts * rows, k, kWarpgroupRows, zipped, c.config.l2_bytes);
+  if (s.ok() && !(pairs && c.config.block_rows == kFewRows))
+    s = EncodeWeights(&maps->whole, weights.data, experts * rows * (block_major ? k_blocks : 1),
+                      block_major ? kBlockK : k, kHalfRows, zipped, c.config.l2_bytes);
+  return s;
 }
 
 // The scales of such weights with MxFp8; by_turns: their up and gate rows take turns, which a grid's do not. k_blocks:
@@ -190,8 +195,13 @@ Status Gemms(const Call& c, int stages, Slab slab) {
     return GroupedGemms<decltype(format)>(c, c.config.gemm_kernel, kernel, stages, slab);
   };
   if (c.config.tokens_are_values) return launch(MxFormat(), grouped_gemm_mx_sm90);
-  if (c.p.mx()) return launch(MxFewFormat(), grouped_gemm_mx_few_sm90);
   const bool few = c.config.block_rows == kFewRows;
+  if (c.config.paired_weights) {
+    if (c.p.mx()) return launch(MxFewPairsFormat(), grouped_gemm_mx_few_pairs_sm90);
+    if (few) return launch(DeepSeekFewPairsFormat(), grouped_gemm_few_pairs_sm90);
+    return launch(DeepSeekPairsFormat(), grouped_gemm_pairs_sm90);
+  }
+  if (c.p.mx()) return launch(MxFewFormat(), grouped_gemm_mx_few_sm90);
   return few ? launch(DeepSeekFewFormat(), grouped_gemm_few_sm90) : launch(DeepSeekFormat(), grouped_gemm_sm90);
 }
 

@@ -41,6 +41,7 @@ struct Config {
   int gemm_grid;                   // persistent CTAs
   int gemm1_columns;               // column tiles of a row block
   int l2_bytes;                    // that L2 reads at a time, 128 or 256
+  bool paired_weights;             // two K blocks of weights are asked for together
 };
 
 Config Select(const Problem& problem, int num_sms);

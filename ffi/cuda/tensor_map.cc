@@ -40,7 +40,7 @@ Status Encode(CUtensorMap* map, cuuint32_t rank, const void* data, const cuuint6
               const cuuint32_t* box, int l2_bytes) {
   const Driver& driver = GetDriver();
   if (!driver.status.ok()) return driver.status;
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUtensorMapL2promotion promotion =
       l2_bytes == 256 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   const CUresult result = driver.encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, const_cast<void*>(data), sizes,
@@ -66,6 +66,14 @@ Status EncodeWeights(CUtensorMap* map, const void* data, int64_t rows, int64_t c
   const cuuint64_t strides[3] = {zipped ? 2 * row : row, zipped ? row : 8 * row, 16 * row};
   const cuuint32_t box[4] = {128, 8, 2, cuuint32_t(box_rows / 16)};
   return Encode(map, 4, data, sizes, strides, box, l2_bytes);
+}
+
+Status EncodePairs(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, bool zipped,
+                   int l2_bytes) {
+  const cuuint64_t row = cuuint64_t(columns), sizes[5] = {128, 8, row / 128, 2, cuuint64_t(rows / 16)};
+  const cuuint64_t strides[4] = {zipped ? 2 * row : row, 128, zipped ? row : 8 * row, 16 * row};
+  const cuuint32_t box[5] = {128, 8, 2, 2, cuuint32_t(box_rows / 16)};
+  return Encode(map, 5, data, sizes, strides, box, l2_bytes);
 }
 
 Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t chunks, int64_t row_bytes,

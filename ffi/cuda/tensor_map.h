@@ -14,6 +14,10 @@ Status EncodeBytes(CUtensorMap* map, const void* data, int64_t rows, int64_t col
 // zipped: of every 16 rows the even ones land before the odd ones, as shuffled weights are in memory.
 Status EncodeWeights(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, bool zipped,
                      int l2_bytes);
+// The same in boxes of box_rows rows and two of the row's 128 bytes, its neighbours, at (0, 0, column / 128, 0, row /
+// 16): eight rows of the first, the same eight of the second, and so on. What is past a row's end lands as zeros.
+Status EncodePairs(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, bool zipped,
+                   int l2_bytes);
 // uint8 [chunks][rows][128], rows and chunks so many bytes apart, in boxes of box_chunks x box_rows x 128, swizzled.
 // L2 reads 128 bytes at a time.
 Status EncodeChunks(CUtensorMap* map, const void* data, int64_t rows, int64_t chunks, int64_t row_bytes,

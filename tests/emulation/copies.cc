@@ -10,7 +10,7 @@
 namespace emulation {
 namespace {
 
-constexpr int kMostRank = 4;
+constexpr int kMostRank = 5;
 struct TensorMap {  // what a CUtensorMap holds here; dimensions past its rank have one element
   uint64_t magic;
   const uint8_t* base;
@@ -20,7 +20,7 @@ struct TensorMap {  // what a CUtensorMap holds here; dimensions past its rank h
   uint32_t rank, element_bytes, swizzle_128;
 
   uint32_t row_bytes() const { return box[0] * element_bytes; }
-  uint32_t box_rows() const { return box[1] * box[2] * box[3]; }
+  uint32_t box_rows() const { return box[1] * box[2] * box[3] * box[4]; }
   uint32_t box_bytes() const { return row_bytes() * box_rows(); }
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
@@ -147,7 +147,8 @@ void finish_thread_copies(Thread& thread) {
 
 void check_tensor_map(const CUtensorMap* map) { read_map(map); }
 
-void queue_tensor_load(uint32_t smem, const CUtensorMap* map, std::array<int, 4> at, int rank, uint32_t barrier) {
+void queue_tensor_load(uint32_t smem, const CUtensorMap* map, std::array<int, kMostRank> at, int rank,
+                       uint32_t barrier) {
   const TensorMap m = read_map(map);
   if (int(m.rank) != rank) fail("a bulk copy of rank %d through a tensor map of rank %u", rank, m.rank);
   if (smem % (m.swizzle_128 ? 1024 : 128)) fail("a bulk copy to shared address %#x, which is misaligned", smem);
@@ -170,7 +171,8 @@ void queue_bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t
   shared_views(smem, bytes, "bulk copy");
   check_write(smem, bytes);
   check_global_read(global, bytes);
-  const TensorMap row{kMagic, static_cast<const uint8_t*>(global), {bytes, 1, 1, 1}, {}, {bytes, 1, 1, 1}, 2, 1, 0};
+  const TensorMap row{kMagic, static_cast<const uint8_t*>(global), {bytes, 1, 1, 1, 1}, {}, {bytes, 1, 1, 1, 1}, 2, 1,
+                      0};
   loads.push_back({smem, barrier, row, {}, this_moment()});
 }
 
@@ -234,9 +236,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   }
   if (rank < 2 || rank > emulation::kMostRank) return CUDA_ERROR_INVALID_VALUE;
   const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
-  emulation::TensorMap m{
-      emulation::kMagic, static_cast<const uint8_t*>(address), {1, 1, 1, 1}, {}, {1, 1, 1, 1}, rank, element_bytes,
-      swizzled};
+  emulation::TensorMap m{emulation::kMagic, static_cast<const uint8_t*>(address),
+                         {1, 1, 1, 1, 1},   {},
+                         {1, 1, 1, 1, 1},   rank,
+                         element_bytes,     swizzled};
   std::copy(sizes, sizes + rank, m.sizes);
   std::copy(strides, strides + rank - 1, m.strides);
   std::copy(box, box + rank, m.box);

@@ -7,11 +7,12 @@
 
 namespace jax_moe::cuda {
 
-// kTileTokens: the most of a tile. kInFlight: stages whose tokens and scales are on their way at a time.
-template <int kTileTokens, int kRingStages>
+// kTileTokens: the most of a tile. kInPairs: see in_pairs(). kInFlight: stages whose tokens and scales are on their way
+// at a time.
+template <int kTileTokens, int kRingStages, bool kInPairs>
 struct DeepSeekFormatOf {
   using Scales = TokenScales;
-  static constexpr bool kMx = false;
+  static constexpr bool kMx = false, kPairs = kInPairs;
   static constexpr int kTokenPlanes = 1, kFewestTokens = kTileTokens > 32 ? 16 : 8;
   static constexpr int kStages = kRingStages, kInFlight = 3;
   static constexpr int kMaxTokens = kTileTokens;
@@ -90,19 +91,19 @@ struct DeepSeekFormatOf {
   // is multiplied while the first is added.
   static constexpr int kNarrowTokens = kMaxTokens < 64 ? kMaxTokens : 64;
   template <int kTokens, int kSums, class Release>
-  static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][kSums],
-                                     const Release& release, int first = 0) {
+  static DEVICE void multiply_narrow(const Stage& stage, const NarrowRows& rows, const WarpgroupContext& wg,
+                                     float (&sums)[2][kSums], const Release& release, int first = 0) {
     const uint64_t tokens = wgmma_descriptor(smem_address(stage.operands.tokens) + first * kBlockK);
+    const uint64_t weights = wgmma_descriptor(rows.address, rows.group_stride);
     float acc[2][kTokens / 2];
     register_fence(acc[0]);
     register_fence(acc[1]);
     wgmma_fence();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint64_t weights =
-          wgmma_descriptor(smem_address(stage.operands.weights[half]) + wg.index * kWarpgroupRows * kBlockK);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) wgmma_m64k32_e4m3(acc[half], weights + 2 * i, tokens + 2 * i, i);
+      for (int i = 0; i < 4; ++i)
+        wgmma_m64k32_e4m3(acc[half], weights + half * (kHalfRows * kBlockK / 16) + 2 * i, tokens + 2 * i, i);
       wgmma_commit();
     }
     register_fence(acc[0]);
@@ -132,7 +133,9 @@ struct DeepSeekFormatOf {
   }
 };
 
-using DeepSeekFormat = DeepSeekFormatOf<kBlockM + kMostTailRows, 4>;
-using DeepSeekFewFormat = DeepSeekFormatOf<kFewRows, 5>;
+using DeepSeekFormat = DeepSeekFormatOf<kBlockM + kMostTailRows, 4, false>;
+using DeepSeekPairsFormat = DeepSeekFormatOf<kBlockM + kMostTailRows, 4, true>;
+using DeepSeekFewFormat = DeepSeekFormatOf<kFewRows, 5, false>;
+using DeepSeekFewPairsFormat = DeepSeekFormatOf<kFewRows, 5, true>;
 
 }  // namespace jax_moe::cuda

@@ -9,6 +9,11 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 }
 
 __global__ void __launch_bounds__(kGemmThreads, 1)
+    grouped_gemm_mx_few_pairs_sm90(const __grid_constant__ GroupedGemmParameters<MxFewPairsFormat> p) {
+  run_grouped_gemms(p);
+}
+
+__global__ void __launch_bounds__(kGemmThreads, 1)
     grouped_gemm_mx_few_sm90(const __grid_constant__ GroupedGemmParameters<MxFewFormat> p) {
   run_grouped_gemms(p);
 }

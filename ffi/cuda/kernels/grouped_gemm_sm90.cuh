@@ -17,7 +17,7 @@ inline constexpr int kMathThreads = kMathWarpgroups * 128, kGemmThreads = kMathT
 // Arrays have an element for each GEMM.
 template <class Format>
 struct GroupedGemmParameters {
-  CUtensorMap weights[2];  // boxes of 128 x 128 bytes
+  WeightMaps weights[2];
   CUtensorMap h, large_h;  // GEMM2's tokens, rows of I values, boxes of kBoxRows and kLargeBoxRows x 128 bytes
   GatherA rows;            // GEMM1's tokens; has up and gate rows of weights in the two halves
   typename Format::Scales scales[2];
@@ -73,16 +73,15 @@ class Multiplier {
   template <int kGemm, class Epilogue>
   DEVICE void run(const GemmShape& shape, const Epilogue& epilogue) {
     constexpr int kNarrowTokens = Format::kNarrowTokens;
-    const auto release = [&] { shared_.barriers.release(at_); };  // by every lane: racecheck trusts no other for a warp
     for (Tile next; tile_.gemm() == kGemm; tile_ = next) {
       float sums[2][64];
 #pragma unroll
       for (int i = 0; i < 128; ++i) sums[i / 64][i % 64] = 0.f;
-      const auto for_stages = [&](const auto& multiply_stage) {
-        for (int k = 0; k < shape.k_blocks; ++k, at_.advance()) {
-          shared_.barriers.wait_full(at_);
-          multiply_stage(shared_.stage(at_));
-        }
+      const auto for_stages = [&](auto pairs, const auto& multiply) {
+        if constexpr (decltype(pairs)::value)
+          for_pairs(shape.k_blocks, multiply);
+        else
+          for_blocks(shape.k_blocks, multiply);
         next = reader_.next(shared_.tiles);  // asked for before the epilogue of the one before
         hide(wg_.thread);                    // the epilogue's addresses are not for the loop to carry
       };
@@ -91,12 +90,14 @@ class Multiplier {
           const int tail_tokens = tile_.rows() - kBlockM;
           float tail[2][16] = {};
           if (tail_tokens > 0)
-            for_stages([&](const auto& stage) {
-              Format::template multiply_narrow<kMostTailRows>(stage, wg_, tail, [] {}, kBlockM);
+            for_stages(std::false_type(), [&](const auto& stage, const NarrowRows& rows, const auto& release) {
+              Format::template multiply_narrow<kMostTailRows>(stage, rows, wg_, tail, [] {}, kBlockM);
               Format::multiply_wide(stage, wg_, sums, release);
             });
           else
-            for_stages([&](const auto& stage) { Format::multiply_wide(stage, wg_, sums, release); });
+            for_stages(std::false_type(), [&](const auto& stage, const NarrowRows&, const auto& release) {
+              Format::multiply_wide(stage, wg_, sums, release);
+            });
           if (tail_tokens > 0) {
             wg_.tokens = tail_tokens;
             wg_.row0 = tile_.row0 + kBlockM;
@@ -111,9 +112,10 @@ class Multiplier {
         }
       }
       with_tokens<kNarrowTokens, Format::kFewestTokens>(tile_.rows(), [&](auto tokens) {
-        for_stages([&](const auto& stage) {
-          Format::template multiply_narrow<decltype(tokens)::value>(stage, wg_, sums, release);
-        });
+        for_stages(std::bool_constant<Format::kPairs>(),
+                   [&](const auto& stage, const NarrowRows& rows, const auto& release) {
+                     Format::template multiply_narrow<decltype(tokens)::value>(stage, rows, wg_, sums, release);
+                   });
       });
       wg_.tokens = tile_.rows();
       wg_.row0 = tile_.row0;
@@ -124,6 +126,44 @@ class Multiplier {
 
  private:
   using Format = typename Shared::Format;
+
+  // Calls multiply(stage, this warpgroup's rows, what gives the stage back) for the K blocks of a tile. NOTE: every
+  // lane gives it back: racecheck trusts no other for a warp.
+  template <class Multiply>
+  DEVICE void for_blocks(int k_blocks, const Multiply& multiply) {
+    for (int k = 0; k < k_blocks; ++k, at_.advance()) {
+      shared_.barriers.wait_full(at_);
+      const auto stage = shared_.stage(at_);
+      const uint32_t all = smem_address(stage.operands.weights[0]);
+      multiply(stage, NarrowRows{all + wg_.index * kWarpgroupRows * kBlockK, kGroupBytes},
+               [&] { shared_.barriers.release(at_); });
+    }
+  }
+  // The same of K blocks that come in pairs: this warpgroup's rows of both are in one of their two stages.
+  template <class Multiply>
+  DEVICE void for_pairs(int k_blocks, const Multiply& multiply) {
+    typename Shared::Cursor first;
+    NarrowRows rows{0, 2 * kGroupBytes};
+    for (int k = 0; k < (k_blocks + 1) / 2 * 2; ++k, at_.advance()) {
+      if (k % 2 == 0) {
+        first = at_;
+        const auto mine = wg_.index == 0 ? at_ : at_.next();
+        shared_.barriers.wait_full(mine);
+        rows.address = smem_address(shared_.operands[mine.stage()].weights[0]);
+      }
+      shared_.barriers.wait_full(at_);
+      const auto release = [&] {
+        if (k % 2 == 0) return;
+        shared_.barriers.release(first);
+        shared_.barriers.release(at_);
+      };
+      if (k < k_blocks)
+        multiply(shared_.stage(at_), rows, release);
+      else
+        release();
+      rows.address += kGroupBytes;
+    }
+  }
 
   template <bool kWide, int kMaxTokens, int kSums>
   DEVICE void finish(const ActivationEpilogueOf<Format::kMx>& epilogue, float (&sums)[2][kSums]) const {
@@ -166,8 +206,8 @@ DEVICE void run_grouped_gemms(const GroupedGemmParameters<Format>& p) {
     if (thread == 0) {
       let_next_kernel_start();
       Loader<Shared> loader(shared, p.schedule, p.handover);
-      loader.template run<kFirstGemm>(GatheredTokens{}, &p.weights[0], p.shape[0]);
-      loader.template run<kSecondGemm>(TmaTokens<typename Shared::Operands>{&p.h, &p.large_h}, &p.weights[1],
+      loader.template run<kFirstGemm>(GatheredTokens{}, p.weights[0], p.shape[0]);
+      loader.template run<kSecondGemm>(TmaTokens<typename Shared::Operands>{&p.h, &p.large_h}, p.weights[1],
                                        p.shape[1]);
       loader.give_stored();
     }
@@ -187,9 +227,12 @@ DEVICE void run_grouped_gemms(const GroupedGemmParameters<Format>& p) {
 
 // The kernels (grouped_gemm_sm90.cu, grouped_gemm_mx_sm90.cu).
 __global__ void grouped_gemm_sm90(const __grid_constant__ GroupedGemmParameters<DeepSeekFormat> p);
+__global__ void grouped_gemm_pairs_sm90(const __grid_constant__ GroupedGemmParameters<DeepSeekPairsFormat> p);
 __global__ void grouped_gemm_few_sm90(const __grid_constant__ GroupedGemmParameters<DeepSeekFewFormat> p);
+__global__ void grouped_gemm_few_pairs_sm90(const __grid_constant__ GroupedGemmParameters<DeepSeekFewPairsFormat> p);
 __global__ void grouped_gemm_mx_sm90(const __grid_constant__ GroupedGemmParameters<MxFormat> p);
 __global__ void grouped_gemm_mx_few_sm90(const __grid_constant__ GroupedGemmParameters<MxFewFormat> p);
+__global__ void grouped_gemm_mx_few_pairs_sm90(const __grid_constant__ GroupedGemmParameters<MxFewPairsFormat> p);
 
 template <class Format>
 inline constexpr int kGroupedGemmSharedBytes = sizeof(GemmSharedMemory<Format>);

@@ -11,6 +11,11 @@ namespace jax_moe::cuda {
 inline constexpr int kFeedThreads = 96;                  // of the producer warpgroup, the last ones
 inline constexpr int kBoxRows = 16, kLargeBoxRows = 64;  // of tokens: a tile of few loads few
 
+// Boxes of weights, of a half of a tile: its rows of a K block, or a warpgroup's of a pair.
+struct WeightMaps {
+  CUtensorMap whole, paired;  // each where there are such tiles
+};
+
 // Where GEMM1's token rows come from: row r of a tile is row row_to_source[row0 + r] of `source`.
 struct GatherA {
   const uint8_t* source;         // e4m3 or bf16 [T, H]
@@ -53,26 +58,29 @@ class Loader {
 
   // All tiles of one GEMM.
   template <int kGemm, class Tokens>
-  DEVICE void run(const Tokens& tokens, const CUtensorMap* weights, const GemmShape& shape) {
+  DEVICE void run(const Tokens& tokens, const WeightMaps& weights, const GemmShape& shape) {
     tokens.prefetch();
-    prefetch_tensor_map(weights);
-    // Before that K block of a tile the one before is given away: math threads have begun this one by then if it has so
-    // many, and have not ended it, or two would be stored.
-    const int give_at = min(Shared::kStages, shape.k_blocks - 1);
+    if (!Format::kPairs || Format::kNarrowTokens < Format::kMaxTokens) prefetch_tensor_map(&weights.whole);
+    if (Format::kPairs) prefetch_tensor_map(&weights.paired);
     for (; tile_.gemm() == kGemm; tile_ = teller_.next()) {
+      const int stages = stages_of<Format>(shape, tile_);
+      // Before that stage of a tile the one before is given away: math threads have begun this one by then if it has so
+      // many, and have not ended it, or two would be stored.
+      const int give_at = min(Shared::kStages, stages - 1);
       int early = 0;  // stages that have their weights before their tokens are there
       if (!tile_.ready()) {
         typename Shared::Cursor ahead = at_;
-        for (; early < min(Shared::kStages, shape.k_blocks); ++early, ahead.advance())
+        for (; early < min(Shared::kStages, stages); ++early, ahead.advance())
           load_weights(tokens, weights, shape, ahead, early);
         give_stored();
         handover_.wait(tile_.expert());
       }
-      for (int k = 0; k < shape.k_blocks; ++k, at_.advance()) {
+      for (int k = 0; k < stages; ++k, at_.advance()) {
         if (k == give_at) give_stored();
         if (k >= early) load_weights(tokens, weights, shape, at_, k);
-        tokens.load(shared_.operands[at_.stage()].tokens, tile_, k, shared_.barriers.full_address(at_.stage()));
-        teller_.advance(shared_.tiles, shape.k_blocks, shape.k_blocks - 1 - k);
+        if (k < shape.k_blocks)
+          tokens.load(shared_.operands[at_.stage()].tokens, tile_, k, shared_.barriers.full_address(at_.stage()));
+        teller_.advance(shared_.tiles, stages, stages - 1 - k);
       }
       if (kGemm == kFirstGemm) to_give_ = tile_.expert();
     }
@@ -87,17 +95,24 @@ class Loader {
   }
 
  private:
+  using Format = typename Shared::Format;
+
   template <class Tokens>
-  DEVICE void load_weights(const Tokens& tokens, const CUtensorMap* weights, const GemmShape& shape,
+  DEVICE void load_weights(const Tokens& tokens, const WeightMaps& weights, const GemmShape& shape,
                            const typename Shared::Cursor& at, int k) {
     shared_.barriers.wait_empty(at);
     auto& stage = shared_.operands[at.stage()];
     const uint32_t full = shared_.barriers.full_address(at.stage());
-    mbarrier_arrive_expect(full, sizeof(stage.weights) + tokens.bytes(tile_));
+    mbarrier_arrive_expect(full, sizeof(stage.weights) + (k < shape.k_blocks ? tokens.bytes(tile_) : 0));
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      tma_load_4d(smem_address(stage.weights[half]), weights, k * shape.k_columns, 0, 0,
-                  (tile_.expert() * shape.expert_stride + k * shape.k_stride + b_row(shape, tile_, half)) / 16, full);
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t to = smem_address(stage.weights[half]);
+      const int row = tile_.expert() * shape.expert_stride + b_row(shape, tile_, half);
+      if (in_pairs<Format>(tile_))
+        tma_load_5d(to, &weights.paired, 0, 0, k / 2 * 2, 0, (row + k % 2 * kWarpgroupRows) / 16, full);
+      else
+        tma_load_4d(to, &weights.whole, k * shape.k_columns, 0, 0, (row + k * shape.k_stride) / 16, full);
+    }
   }
 
   Shared& shared_;
@@ -149,13 +164,7 @@ class Feeder {
       }
       feed.begin(tile_);
       for (int k = 0; k < shape.k_blocks; ++k, at_.advance()) {
-        if (in_flight_ == kInFlight) {  // before the wait below, which is for the readers of another stage
-          cp_async_wait<kInFlight - 1>();
-          announce<kGathers>(feed);
-        } else {
-          ++in_flight_;
-        }
-        shared_.barriers.wait_empty(at_);
+        make_room<kGathers>(feed);
         const auto stage = shared_.stage(at_);
         const uint32_t tokens = smem_address(stage.operands.tokens);
         const uint8_t* from = rows.source + k * (kBlockK * kPlanes);
@@ -173,16 +182,33 @@ class Feeder {
         feed.ask(stage, k);
         cp_async_commit();
       }
+      if (stages_of<Format>(shape, tile_) > shape.k_blocks) {  // a pair's second stage without a block
+        make_room<kGathers>(feed);
+        cp_async_commit();
+        at_.advance();
+      }
     }
     drain(feed);
   }
 
  private:
+  using Format = typename Shared::Format;
   using Operands = typename Shared::Operands;
   static constexpr int kPlanes = Operands::kTokenPlanes;
   static constexpr int kInFlight = Shared::kInFlight, kRowsPerPass = kFeedThreads / 8;
   static constexpr int kPasses = (Shared::kMaxTokens + kRowsPerPass - 1) / kRowsPerPass;
 
+  // Until the next stage is free.
+  template <bool kGathers, class Feed>
+  DEVICE void make_room(const Feed& feed) {
+    if (in_flight_ == kInFlight) {  // before the wait below, which is for the readers of another stage
+      cp_async_wait<kInFlight - 1>();
+      announce<kGathers>(feed);
+    } else {
+      ++in_flight_;
+    }
+    shared_.barriers.wait_empty(at_);
+  }
   template <bool kGathers, class Feed>
   DEVICE void announce(const Feed& feed) {
     feed.finish(shared_.stage(landed_));

@@ -12,9 +12,10 @@ struct MxScales {
 };
 
 // As DeepSeekFormatOf.
-struct MxFewFormat {
+template <bool kInPairs>
+struct MxFewFormatOf {
   using Scales = MxScales;
-  static constexpr bool kMx = true;
+  static constexpr bool kMx = true, kPairs = kInPairs;
   static constexpr int kStages = 5, kInFlight = 4;
   static constexpr int kMaxTokens = kFewRows, kNarrowTokens = kMaxTokens, kTokenPlanes = 1, kFewestTokens = 8;
   struct alignas(16) Factors {
@@ -59,11 +60,10 @@ struct MxFewFormat {
 
   // sums += this warpgroup's 64 rows of each half times kTokens tokens: all wgmmas of a stage together.
   template <int kTokens, class Release>
-  static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
-                                     const Release& release) {
+  static DEVICE void multiply_narrow(const Stage& stage, const NarrowRows& rows, const WarpgroupContext& wg,
+                                     float (&sums)[2][64], const Release& release) {
     const uint64_t tokens = wgmma_descriptor(smem_address(stage.operands.tokens));
-    const uint64_t weights =
-        wgmma_descriptor(smem_address(stage.operands.weights[0]) + wg.index * kWarpgroupRows * kBlockK);
+    const uint64_t weights = wgmma_descriptor(rows.address, rows.group_stride);
     float acc[kMxScales * 2][kTokens / 2];
 #pragma unroll
     for (int i = 0; i < kMxScales * 2; ++i) register_fence(acc[i]);
@@ -129,5 +129,8 @@ struct MxFewFormat {
     }
   }
 };
+
+using MxFewFormat = MxFewFormatOf<false>;
+using MxFewPairsFormat = MxFewFormatOf<true>;
 
 }  // namespace jax_moe::cuda

@@ -11,7 +11,7 @@ namespace jax_moe::cuda {
 // As DeepSeekFormatOf.
 struct MxFormat {
   using Scales = MxWeightScales;
-  static constexpr bool kMx = true;
+  static constexpr bool kMx = true, kPairs = false;
   static constexpr int kStages = 3, kInFlight = 2;
   static constexpr int kMaxTokens = kBlockM, kNarrowTokens = kMaxTokens, kTokenPlanes = 2, kFewestTokens = 16;
   struct alignas(16) Factors {
@@ -47,9 +47,9 @@ struct MxFormat {
 
   // sums += this warpgroup's 64 rows of each half times kTokens tokens.
   template <int kTokens, class Release>
-  static DEVICE void multiply_narrow(const Stage& stage, const WarpgroupContext& wg, float (&sums)[2][64],
-                                     const Release& release) {
-    const Rows rows(stage, wg);
+  static DEVICE void multiply_narrow(const Stage& stage, const NarrowRows& narrow, const WarpgroupContext& wg,
+                                     float (&sums)[2][64], const Release& release) {
+    const Rows rows(stage, narrow, wg);
     if (__builtin_expect(words_of(stage).template any_above<kMostNearByte>(wg), 0))
       multiply<kTokens, true>(rows, sums);
     else
@@ -68,10 +68,9 @@ struct MxFormat {
     int row;              // this thread's first
     uint2 factors[2][2];  // of a half and this thread's rows fragment_row() and + 8
 
-    DEVICE Rows(const Stage& stage, const WarpgroupContext& wg)
+    DEVICE Rows(const Stage& stage, const NarrowRows& narrow, const WarpgroupContext& wg)
         : tokens(wgmma_descriptor(smem_address(stage.operands.tokens))),
-          codes(smem_address(stage.operands.weights[0]) +
-                (wg.index * kWarpgroupRows + wg.warp() * 16 + wg.lane() % 16) * kBlockK),
+          codes(narrow.address + (wg.warp() * 16 + wg.lane() % 16) * kBlockK),
           piece((wg.lane() / 16 ^ wg.lane() % 8) << 4),
           words(words_of(stage)),
           row(wg.index * kWarpgroupRows + wg.fragment_row()) {

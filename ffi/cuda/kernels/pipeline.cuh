@@ -14,6 +14,11 @@ class PipelineCursor {
   DEVICE uint32_t parity() const { return number_ / kStages % 2; }  // of the phase that this lap of the ring completes
   DEVICE void advance() { ++number_; }
   DEVICE uint32_t number() const { return number_; }
+  DEVICE PipelineCursor next() const {
+    PipelineCursor other = *this;
+    other.advance();
+    return other;
+  }
 
  private:
   uint32_t number_ = 0;

@@ -75,6 +75,13 @@ DEVICE void tma_load_4d(uint32_t smem, const CUtensorMap* map, int x, int y, int
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
+DEVICE void tma_load_5d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, int w, int v, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];" ::"r"(smem),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
+      : "memory");
+}
 // For what is read once: it is the first to make room for others.
 DEVICE uint64_t evict_first_policy() {
   uint64_t policy;
@@ -278,10 +285,10 @@ DEVICE void raise_registers() {
 
 // ---- wgmma
 // -----------------------------------------------------------------------------------------------------------
-// Shared-memory descriptor of a K-major tile of 128-byte rows, 128-byte swizzle, 1024 bytes between 8-row groups.
-// Adding n to it moves the tile by 16 n bytes.
-DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
-  return (uint64_t((smem & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+// Shared-memory descriptor of a K-major tile of 128-byte rows, 128-byte swizzle, so many bytes from one 8-row group to
+// the next. Adding n to it moves the tile by 16 n bytes.
+DEVICE uint64_t wgmma_descriptor(uint32_t smem, uint32_t group_stride = 1024) {
+  return (uint64_t((smem & 0x3FFFF) >> 4)) | (1ull << 16) | (uint64_t(group_stride >> 4) << 32) | (1ull << 62);
 }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -6,7 +6,8 @@
 
 namespace jax_moe::cuda {
 
-inline constexpr int kBlockK = 128;  // bytes of K a stage: one swizzle row and one scale group
+inline constexpr int kBlockK = 128;              // bytes of K a stage: one swizzle row and one scale group
+inline constexpr int kGroupBytes = 8 * kBlockK;  // eight rows, after which the swizzle repeats itself
 
 // What wgmma reads of a stage; tokens of more than a byte a value in as many planes of 128 bytes a token. NOTE: apart
 // from what else belongs to it, or alignment would cost a KiB a stage.
@@ -24,6 +25,12 @@ struct StageOf {
   Factors& factors;
   Landing& landing;
   uint32_t block;  // K blocks, numbered on from tile to tile
+};
+
+// A warpgroup's 64 rows of the first half of a tile beside one K block: from that shared address on, so many bytes from
+// eight rows to the next. Those of the second half are kHalfRows * kBlockK bytes behind.
+struct NarrowRows {
+  uint32_t address, group_stride;
 };
 
 // The scales of tokens: element (block, row) at block * block_stride + row * row_stride. MxFp8: words of four.
@@ -48,6 +55,19 @@ struct GemmShape {
   int k_stride;          // 0, or rows_per_expert
   int k_columns;         // 128, or 0
 };
+
+// The stages of a Format's narrow tiles may come in pairs: of two K blocks the first stage has the first warpgroup's
+// rows, the second the other's, so that 256 neighbouring bytes of a row are asked for together. Tokens and scales come
+// with their own block; where there is no second one, the second stage has weights only.
+template <class Format>
+DEVICE bool in_pairs(const Tile& tile) {
+  constexpr bool kAllNarrow = Format::kNarrowTokens == Format::kMaxTokens;
+  return Format::kPairs && (kAllNarrow || tile.rows() <= Format::kNarrowTokens);
+}
+template <class Format>
+DEVICE int stages_of(const GemmShape& shape, const Tile& tile) {
+  return in_pairs<Format>(tile) ? (shape.k_blocks + 1) / 2 * 2 : shape.k_blocks;
+}
 
 // First weight row of a half, in its expert. NOTE: the second half of the last tile is outside the expert when
 // rows_per_expert is an odd multiple of 128; it repeats the first half and its sums are not stored.

@@ -22,7 +22,7 @@ void write_shared(uint32_t smem, const void* from, uint32_t bytes);
 void publish_to_async_proxy();
 // copies.cc
 void check_tensor_map(const CUtensorMap* map);
-void queue_tensor_load(uint32_t smem, const CUtensorMap* map, std::array<int, 4> at, int rank, uint32_t barrier);
+void queue_tensor_load(uint32_t smem, const CUtensorMap* map, std::array<int, 5> at, int rank, uint32_t barrier);
 void queue_bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier);
 void queue_cp_async(uint32_t smem, const void* global, uint32_t bytes);
 void queue_cp_async_arrival(uint32_t barrier);
@@ -65,13 +65,16 @@ DEVICE void mbarrier_wait(uint32_t smem, uint32_t parity) { emulation::wait_mbar
 
 DEVICE void prefetch_tensor_map(const CUtensorMap* map) { emulation::check_tensor_map(map); }
 DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
-  emulation::queue_tensor_load(smem, map, {x, y, 0, 0}, 2, barrier);
+  emulation::queue_tensor_load(smem, map, {x, y, 0, 0, 0}, 2, barrier);
 }
 DEVICE void tma_load_3d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint64_t) {
-  emulation::queue_tensor_load(smem, map, {x, y, z, 0}, 3, barrier);
+  emulation::queue_tensor_load(smem, map, {x, y, z, 0, 0}, 3, barrier);
 }
 DEVICE void tma_load_4d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, int w, uint32_t barrier) {
-  emulation::queue_tensor_load(smem, map, {x, y, z, w}, 4, barrier);
+  emulation::queue_tensor_load(smem, map, {x, y, z, w, 0}, 4, barrier);
+}
+DEVICE void tma_load_5d(uint32_t smem, const CUtensorMap* map, int x, int y, int z, int w, int v, uint32_t barrier) {
+  emulation::queue_tensor_load(smem, map, {x, y, z, w, v}, 5, barrier);
 }
 DEVICE uint64_t evict_first_policy() { return 0; }
 DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
@@ -146,8 +149,8 @@ DEVICE void raise_registers() {
   reduce_registers<kRegisters>();
 }
 
-DEVICE uint64_t wgmma_descriptor(uint32_t smem) {
-  return (uint64_t((smem & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+DEVICE uint64_t wgmma_descriptor(uint32_t smem, uint32_t group_stride = 1024) {
+  return (uint64_t((smem & 0x3FFFF) >> 4)) | (1ull << 16) | (uint64_t(group_stride >> 4) << 32) | (1ull << 62);
 }
 DEVICE void wgmma_fence() { emulation::fence_wgmma(); }
 DEVICE void wgmma_commit() { emulation::commit_wgmma(); }
