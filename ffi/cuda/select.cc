@@ -27,11 +27,11 @@ constexpr int kRingBytes = 96 * 1024;
 constexpr int kLongRingBytes = 128 * 1024;
 // Rows of h are read while others are multiplied: with buffers for few experts at a time, each would be waited for.
 constexpr int kHBytes = 96 * 1024;
-// Local slots, with one and with two tiles of 8 tokens, and with two the bytes of weights, to expect, beyond which the
-// grouped kernels are level or faster: they cost some microseconds more before and behind the weights, but have less to
-// do for each token.
+// Local slots and bytes of weights to expect, with one and with two tiles of 8 tokens, beyond which the grouped kernels
+// are level or faster: they cost some microseconds more before and behind the weights, but have less to do for each
+// token. With MxFp8 and one tile slots alone count.
 constexpr int64_t kMostExpectedSlots[2] = {64, 48};
-constexpr double kMostExpectedBytes = 480e6;
+constexpr double kMostExpectedBytes[2] = {750e6, 480e6};
 // Rows of an expert to expect, up to which blocks of kFewRows hold most experts' whole: their small stages make room
 // for more of them in the ring, and memory is read 1 to 3 % faster. MxFp8: up to which products of float8 and a factor
 // a sum cost less than to make bf16 of the weights.
@@ -92,7 +92,8 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
   d.token_tiles = int(CeilDiv(tokens, 8));
   const int64_t most_slots = kMostExpectedSlots[d.token_tiles - 1];
   if (p.expanded_rows() * p.local_num_experts > most_slots * p.num_experts) return d;
-  if (d.token_tiles == 2 && ExpectedBytes(p) > kMostExpectedBytes) return d;
+  const bool any_bytes = p.mx() && d.token_tiles == 1;
+  if (!any_bytes && ExpectedBytes(p) > kMostExpectedBytes[d.token_tiles - 1]) return d;
   d.slice_columns = 16;
   for (int columns : {32, 64, 128})
     if (p.hidden_size / columns >= num_sms * 2 / 3) d.slice_columns = columns;
