@@ -35,6 +35,7 @@ RIGHT = (
     "named_barriers",
     "atomics",
     "boxes_of_rank_three",
+    "zipped_box_of_rank_four",
     "zipped_box_of_rank_five",
     "cp_async_arrival",
     "decode",

@@ -169,9 +169,14 @@ def test_long_rows_of_weights_that_are_read_once_come_in_pairs_of_k_blocks() -> 
 
 @needs_kernels
 def test_many_bytes_of_weights_take_the_grouped_kernels() -> None:
-    """Experts of 44 MB each are soon many; but MxFp8 counts 64 slots alone up to eight tokens, one tile."""
+    """Four tokens, 32 slots: few for the decode kernels, unless experts are of 44 MB each. Fewer are many where
+    tokens are two tiles: 16 slots as well. MxFp8 counts 64 slots alone up to eight tokens, one tile.
+    """
+    assert "decode_gemm" in jax_moe.explain(**layer(4, 1024, 512, 32, 8))
     assert "decode_gemm" in jax_moe.explain(**layer(2, 7168, 2048, 32, 8))
     assert "grouped_gemm" in jax_moe.explain(**layer(3, 7168, 2048, 32, 8))
+    assert "grouped_gemm" in jax_moe.explain(**layer(4, 7168, 2048, 32, 8))
+    assert "decode_gemm" in jax_moe.explain(**layer(8, 7168, 2048, 128, 2))
     assert "decode_gemm" in jax_moe.explain(**layer(8, 7168, 2048, 32, 8, mx=True))
     assert "grouped_gemm" in jax_moe.explain(**layer(8, 7168, 2048, 32, 9, mx=True))
     assert "decode_gemm" in jax_moe.explain(**layer(9, 1024, 512, 128, 1))

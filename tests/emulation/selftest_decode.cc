@@ -236,41 +236,51 @@ std::string BoxesOfRankThree() {
   return "";
 }
 
-// A box of rank five that brings the even rows of every 16 before the odd ones, eight rows of two chunks after the
-// other; the second is the last one, or past it.
+// A box that brings the even rows of every 16 before the odd ones: of rank four, of one chunk; of rank five, eight rows
+// of two chunks after the other, of which the second is the last one, or past it.
 struct Zipped {
   CUtensorMap map;
   uint8_t* seen;
   int chunk;
 };
-constexpr int kZippedRows = 32, kZippedChunks = 2;
+constexpr int kZippedRows = 32;
 
+template <int kRank>
 void CopyZipped(Zipped z) {
-  ShowBox(kZippedRows * kZippedChunks * 128, z.seen,
-          [&](uint32_t to, uint32_t barrier) { tma_load_5d(to, &z.map, 0, 0, z.chunk, 0, 1, barrier); });
+  ShowBox(kZippedRows * (kRank - 3) * 128, z.seen, [&](uint32_t to, uint32_t barrier) {
+    if (kRank == 4)
+      tma_load_4d(to, &z.map, z.chunk * 128, 0, 0, 1, barrier);
+    else
+      tma_load_5d(to, &z.map, 0, 0, z.chunk, 0, 1, barrier);
+  });
 }
 
+template <int kRank>
 std::string ZippedBox() {
-  constexpr int kRows = 48, kChunks = 3, kColumns = kChunks * 128;
+  constexpr int kRows = 48, kChunks = 3, kColumns = kChunks * 128, kBoxChunks = kRank - 3;
   alignas(16) static uint8_t data[kRows * kColumns];
   for (size_t i = 0; i < sizeof data; ++i) data[i] = uint8_t(i / 128 * 7 + i % 128);
-  std::vector<uint8_t> seen(kZippedRows * kZippedChunks * 128);
-  for (int chunk = kChunks - kZippedChunks; chunk < kChunks; ++chunk) {
+  using Numbers = std::vector<cuuint64_t>;
+  const Numbers sizes = kRank == 4 ? Numbers{kColumns, 8, 2, kRows / 16} : Numbers{128, 8, kChunks, 2, kRows / 16};
+  const Numbers strides =
+      kRank == 4 ? Numbers{2 * kColumns, kColumns, 16 * kColumns} : Numbers{2 * kColumns, 128, kColumns, 16 * kColumns};
+  const std::vector<cuuint32_t> box = kRank == 4 ? std::vector<cuuint32_t>{128, 8, 2, kZippedRows / 16}
+                                                 : std::vector<cuuint32_t>{128, 8, kBoxChunks, 2, kZippedRows / 16};
+  const std::vector<cuuint32_t> steps(kRank, 1);
+  std::vector<uint8_t> seen(kZippedRows * kBoxChunks * 128);
+  for (int chunk = 1; chunk < kChunks; ++chunk) {
     Zipped z{{}, seen.data(), chunk};
-    const cuuint64_t sizes[] = {128, 8, kChunks, 2, kRows / 16};
-    const cuuint64_t strides[] = {2 * kColumns, 128, kColumns, 16 * kColumns};
-    const cuuint32_t box[] = {128, 8, kZippedChunks, 2, kZippedRows / 16}, steps[] = {1, 1, 1, 1, 1};
-    if (cuTensorMapEncodeTiled(&z.map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 5, data, sizes, strides, box, steps,
-                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+    if (cuTensorMapEncodeTiled(&z.map, CU_TENSOR_MAP_DATA_TYPE_UINT8, kRank, data, sizes.data(), strides.data(),
+                               box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
       return "tensor map refused";
-    const std::string error = Launch(32, unsigned(seen.size()) + 8, &CopyZipped, z);
+    const std::string error = Launch(32, unsigned(seen.size()) + 8, &CopyZipped<kRank>, z);
     if (!error.empty()) return error;
     for (int i = 0; i < int(seen.size()); ++i) {
-      const int row_seen = i / 128, r = row_seen / 16 * 8 + row_seen % 8, at = chunk + row_seen / 8 % 2;
-      const int row = 16 + r / 16 * 16 + r % 8 * 2 + r / 8 % 2;
+      const int landed = i / 128, r = landed / (8 * kBoxChunks) * 8 + landed % 8;
+      const int at = chunk + landed / 8 % kBoxChunks, row = 16 + r / 16 * 16 + r % 8 * 2 + r / 8 % 2;
       if (seen[i] != (at < kChunks ? data[row * kColumns + at * 128 + i % 128] : 0))
-        return "row " + std::to_string(row_seen) + " of the box at chunk " + std::to_string(chunk) + " is wrong";
+        return "row " + std::to_string(landed) + " of the box at chunk " + std::to_string(chunk) + " is wrong";
     }
   }
   return "";
@@ -337,7 +347,8 @@ std::string ArrivalTest() {
 const std::map<std::string, std::string (*)()>& DecodeTests() {
   static const std::map<std::string, std::string (*)()> tests{
       {"boxes_of_rank_three", BoxesOfRankThree},
-      {"zipped_box_of_rank_five", ZippedBox},
+      {"zipped_box_of_rank_four", ZippedBox<4>},
+      {"zipped_box_of_rank_five", ZippedBox<5>},
       {"decode", Test<Mistake::kNone>},
       {"decode_no_full_wait", Test<Mistake::kNoFullWait>},
       {"decode_no_barrier", Test<Mistake::kNoBarrier>},

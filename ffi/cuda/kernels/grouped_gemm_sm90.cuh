@@ -144,7 +144,7 @@ class Multiplier {
   DEVICE void for_pairs(int k_blocks, const Multiply& multiply) {
     typename Shared::Cursor first;
     NarrowRows rows{0, 2 * kGroupBytes};
-    for (int k = 0; k < (k_blocks + 1) / 2 * 2; ++k, at_.advance()) {
+    for (int k = 0; k < stages_of_pairs(k_blocks); ++k, at_.advance()) {
       if (k % 2 == 0) {
         first = at_;
         const auto mine = wg_.index == 0 ? at_ : at_.next();

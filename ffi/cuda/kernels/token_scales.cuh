@@ -64,9 +64,10 @@ DEVICE bool in_pairs(const Tile& tile) {
   constexpr bool kAllNarrow = Format::kNarrowTokens == Format::kMaxTokens;
   return Format::kPairs && (kAllNarrow || tile.rows() <= Format::kNarrowTokens);
 }
+DEVICE int stages_of_pairs(int k_blocks) { return (k_blocks + 1) / 2 * 2; }
 template <class Format>
 DEVICE int stages_of(const GemmShape& shape, const Tile& tile) {
-  return in_pairs<Format>(tile) ? (shape.k_blocks + 1) / 2 * 2 : shape.k_blocks;
+  return in_pairs<Format>(tile) ? stages_of_pairs(shape.k_blocks) : shape.k_blocks;
 }
 
 // First weight row of a half, in its expert. NOTE: the second half of the last tile is outside the expert when
