@@ -13,7 +13,7 @@ from jax_moe.bench import timing
 class FakeProgram:
     """Takes `seconds` a call, four calls a repeat; remembers the repeats that it was asked for."""
 
-    calls = 4
+    calls, ahead = 4, 0
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.asked = seconds, []
@@ -29,8 +29,6 @@ class FakeProgram:
         ("steady", 1e-3, [2, 20]),
         ("steady", 10.0, [2, 3]),
         ("sustained", 1e-2, [2, round(timing.LOAD / 4e-2), 20]),
-        ("cool", 1e-4, [2, round(timing.WARM / 4e-4), 20]),
-        ("cool", timing.BURST / 4 / 8, [2, 4, 8, 4, 8, 4, 4]),  # rounds of warming up and a burst
     ],
 )
 def test_a_state_is_made_before_it_is_measured(state: str, seconds: float, asked: list[int]) -> None:
@@ -39,6 +37,28 @@ def test_a_state_is_made_before_it_is_measured(state: str, seconds: float, asked
     assert program.asked == asked
     assert found.samples == (3 if asked == [2, 3] else 20)
     assert found.fastest == seconds and found.fastest < found.median < found.slowest
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ahead", "warm", "asked"),
+    [
+        (1e-4, 0, round(timing.WARM / 4e-4), [2, round(timing.WARM / 4e-4) + 20]),
+        (timing.WARM / 4 / 3, 0, 3, [2, 8, 8, 8, 8]),  # five samples a burst
+        (timing.WARM / 4 / 3, 1, 2, [2, 7, 7, 7, 7]),
+        (timing.BURST, 0, 1, [2, *[2] * 20]),  # each longer than a burst
+        (timing.BURST, 1, 0, [2, *[1] * 20]),
+    ],
+)
+def test_cool_is_what_bursts_take_after_their_clocks_have_risen(
+    seconds: float, ahead: int, warm: int, asked: list[int]
+) -> None:
+    program = FakeProgram(seconds)
+    program.ahead = ahead
+    found = timing.measure(program, "cool", 20, pause=0)
+    assert program.asked == asked
+    assert found.samples == 20
+    assert found.fastest == pytest.approx(seconds * (1 + warm))
+    assert found.slowest == pytest.approx(seconds * max(asked[1:]))
 
 
 def test_wall_clock_rotates_its_calls() -> None:

@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-# cool: bursts of BURST seconds after pauses, clocks raised by WARM seconds of load before each burst.
+# cool: in bursts of BURST seconds after pauses, less the first WARM of each, in which clocks rise. NOTE: a GPU at its
+# power limit holds its clocks for 40 to 60 ms after a pause; a longer burst is of neither state.
 # sustained: after LOAD seconds of load. steady: in a row, for a host without such states.
 STATES = ("cool", "sustained", "steady")
-PAUSE, WARM, BURST, LOAD = 0.2, 0.03, 0.06, 1.0
+PAUSE, WARM, BURST, LOAD = 0.7, 0.015, 0.04, 1.0
 STEADY_BUDGET = 4.0  # seconds for all repeats; at least three are made
 
 
 class Program(Protocol):
     calls: int  # a repeat
+    ahead: int  # repeats that time() makes before those that it measures
 
     def time(self, repeats: int) -> list[float]: ...
 
@@ -51,11 +53,12 @@ def measure(program: Program, state: str, repeats: int, pause: float = PAUSE) ->
     if state == "sustained":
         program.time(repeats_in(LOAD))
         return Timing.of(program.time(repeats))
+    warm = max(0, repeats_in(WARM) - program.ahead)
+    most = max(warm + 1, int(BURST / repeat_seconds) - program.ahead)
     samples: list[float] = []
     while len(samples) < repeats:
         time.sleep(pause)
-        program.time(repeats_in(WARM))
-        samples += program.time(min(repeats - len(samples), repeats_in(BURST)))
+        samples += program.time(min(most, warm + repeats - len(samples)))[warm:]
     return Timing.of(samples)
 
 
@@ -75,7 +78,7 @@ def medians_by_turns(programs: Sequence[Program], rounds: int, repeats: int, pau
 class WallClock:
     """Calls that return when they are done, one a repeat, in rotation."""
 
-    calls = 1
+    calls, ahead = 1, 0
 
     def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
         self._rotation = itertools.cycle(calls)
@@ -95,6 +98,8 @@ class Dispatches:
     A repeat is one dispatch that is waited for, and then one and `further` more in a row, likewise: the difference is
     what `further` take where the device is never idle, without what starting and waiting cost once.
     """
+
+    ahead = 0
 
     def __init__(self, dispatch: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> None:
         self._dispatch, self._wait, self._calls = dispatch, wait, calls
@@ -123,6 +128,8 @@ class CudaGraph:
 
     One more replay runs ahead of the first event, so that the host is always ahead of the device.
     """
+
+    ahead = 1
 
     def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
         import torch

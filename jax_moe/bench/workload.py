@@ -94,7 +94,7 @@ def pack(ids: NDArray, weights: NDArray) -> NDArray:
 
 
 def number_of_sets(tokens: int) -> int:
-    return 16 if tokens <= 64 else 8 if tokens <= 256 else 4
+    return 16 if tokens <= 64 else 8 if tokens <= 256 else 4 if tokens <= 1024 else 2
 
 
 def draw_routings(
