@@ -15,7 +15,7 @@ Status FinalizeRows(const FinalizeProblem& p, const FinalizeBuffers& b, int devi
   if (!guard.status().ok()) return guard.status();
 
   FinalizeParameters f{};
-  f.y2 = static_cast<const uint16_t*>(b.gemm2_output.data);
+  f.y2 = static_cast<uint16_t*>(b.gemm2_output.data);
   f.num_rows = int(p.num_rows);
   f.expanded_idx_to_permuted_idx = static_cast<const int32_t*>(b.expanded_idx_to_permuted_idx.data);
   const bool bf16 = p.weights_dtype == int64_t(DataType::kBFloat16);
@@ -23,8 +23,9 @@ Status FinalizeRows(const FinalizeProblem& p, const FinalizeBuffers& b, int devi
   f.output = static_cast<uint16_t*>(b.output.data);
   f.top_k = int(p.top_k);
   f.columns = f.y2_stride = f.output_stride = int(p.hidden_size);
-  const int64_t columns = (p.hidden_size + kFinalizeColumnsPerCta - 1) / kFinalizeColumnsPerCta;
-  return Launch("finalize", finalize, {unsigned(p.num_tokens * columns), kFinalizeThreads},
+  f.columns_per_cta = finalize_columns_per_cta(p.num_tokens);
+  const int64_t parts = (p.hidden_size + f.columns_per_cta - 1) / f.columns_per_cta;
+  return Launch("finalize", finalize, {unsigned(p.num_tokens * parts), kFinalizeThreads},
                 static_cast<cudaStream_t>(stream), f);
 }
 

@@ -184,8 +184,9 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
                   w.scale_stride,
                   c.activation(),
                   lora,
-                  shuffled};
-  g.bf16 = {w.y2, w.y2_columns, slab.columns, shuffled};
+                  shuffled,
+                  c.config.scratch_stays};
+  g.bf16 = {w.y2, w.y2_columns, slab.columns, shuffled, c.config.scratch_stays};
   const LaunchShape shape{unsigned(c.config.gemm_grid), kGemmThreads, kGroupedGemmSharedBytes<Format>, true};
   return Launch(name, kernel, shape, c.stream, g);
 }
@@ -216,7 +217,13 @@ Status Finalize(const Call& c, Slab slab) {
   f.y2_stride = int(c.workspace.y2_columns);
   f.output_stride = int(c.p.hidden_size);
   f.num_rows = int(c.p.expanded_rows());
-  const unsigned grid = unsigned(c.p.num_tokens) * Ctas(slab.columns, kFinalizeColumnsPerCta);
+  f.discards = c.config.scratch_stays;
+  if (!c.p.has_gemm1_lora_delta) {  // else h is a result
+    f.h = c.config.tokens_are_values ? reinterpret_cast<uint8_t*>(c.workspace.h_values) : c.workspace.h;
+    f.h_bytes = int(c.p.intermediate_size * (c.config.tokens_are_values ? 2 : 1));
+  }
+  f.columns_per_cta = finalize_columns_per_cta(c.p.num_tokens);
+  const unsigned grid = unsigned(c.p.num_tokens) * Ctas(slab.columns, f.columns_per_cta);
   return Launch("finalize", finalize, {grid, kFinalizeThreads, 0, true}, c.stream, f);
 }
 

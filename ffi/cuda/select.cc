@@ -45,6 +45,9 @@ constexpr int64_t kMostRowsOnce = 64;
 // they are read once. Each tile then waits for the products of a K block more: with less K than that it is level at
 // best. In blocks of few rows, and with DeepSeekFp8, whose products take less, it pays sooner.
 constexpr int64_t kLeastPairedK = 3072, kFewLeastPairedK = 2048;
+// Bytes of h and y2 to expect that L2 can keep until finalize, beside the weights that stream through it. To write what
+// it drops takes memory twice as long as to read as much; but to keep it and to discard it takes instructions.
+constexpr int64_t kMostKeptBytes = 40'000'000;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 // Up to as many, tokens and h are held as f16.
 constexpr int kMostTokenElements = 16 * 1024;
@@ -153,6 +156,9 @@ Config Select(const Problem& p, int num_sms) {
   // NOTE: in BlockMajorK a K block's rows are the neighbours.
   c.paired_weights = read_once && !p.block_major_k() && !c.tokens_are_values &&
                      p.hidden_size >= (few && !p.mx() ? kFewLeastPairedK : kLeastPairedK);
+  const int64_t kept_bytes_a_row = 2 * p.hidden_size + (c.tokens_are_values ? 2 : 1) * p.intermediate_size;
+  c.scratch_stays =
+      p.do_finalize && p.expanded_rows() * p.local_num_experts / p.num_experts * kept_bytes_a_row <= kMostKeptBytes;
   c.most_tail_rows = few || p.mx() ? 0 : kMostTailRows;
   if (c.paired_weights)
     c.gemm_kernel =

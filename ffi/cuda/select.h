@@ -42,6 +42,7 @@ struct Config {
   int gemm1_columns;               // column tiles of a row block
   int l2_bytes;                    // that L2 reads at a time, 128 or 256
   bool paired_weights;             // two K blocks of weights are asked for together
+  bool scratch_stays;              // h and y2, in L2, until finalize has read y2 and discards them
 };
 
 Config Select(const Problem& problem, int num_sms);

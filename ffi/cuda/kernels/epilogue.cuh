@@ -32,6 +32,7 @@ struct ActivationEpilogueOf {
   ActivationChoice activation;
   LoraDelta lora;
   bool shuffled;  // as MxFp8 has it
+  bool stays;     // in L2, all but h_scale
 
   static constexpr bool kMx = kIsMx;
   static constexpr int kScales = kMx ? 2 : 1;  // of a token, that a warpgroup's values need
@@ -48,6 +49,7 @@ struct Bf16EpilogueOf {
   uint16_t* y2;  // [rows, stride]
   int64_t stride, columns;
   bool shuffled;
+  bool stays;  // in L2
 
   static constexpr Order kShuffledOrder = kIsMx ? Order::kEights : Order::kFours;
   struct Shared {};

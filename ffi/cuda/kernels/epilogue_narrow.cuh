@@ -207,11 +207,11 @@ struct NarrowActivation {
   template <Order kOrder>
   DEVICE void store(const StagedCodes& staged, int token, int piece, int64_t first) const {
     const uint4 codes = staged.get<kOrder>(token, piece);
-    if (!kMx || p.h) store_global_v4(p.h + first + token * p.intermediate, codes);
+    if (!kMx || p.h) store_scratch_v4(p.h + first + token * p.intermediate, codes, p.stays);
     if constexpr (kMx) {
       if (p.h_values)
         store_mx_values(p.h_values + first + token * p.intermediate, codes,
-                        mx_scale_of(shared.inverse[wg.index][piece / 2][token]));
+                        mx_scale_of(shared.inverse[wg.index][piece / 2][token]), p.stays);
     }
   }
 };
@@ -259,7 +259,7 @@ struct NarrowBf16 {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = 16 * i + wg.thread / 8, of_tile = chunk * kChunkTokens + token;
-          if (of_tile < wg.tokens) store_global_v4(to + of_tile * p.stride, staged.get<kOrder>(token, piece));
+          if (of_tile < wg.tokens) store_scratch_v4(to + of_tile * p.stride, staged.get<kOrder>(token, piece), p.stays);
         }
       }
     }

@@ -20,8 +20,12 @@ DEVICE float4 fragment(const float (&sums)[64], int group, int r) {
 class StagedRows {
  public:
   // `destination` is 16-byte aligned, of row 0 of the warpgroup's.
-  DEVICE StagedRows(const WarpgroupContext& wg, uint8_t* destination, int64_t stride)
-      : row_(wg.warp() * 16 + wg.lane() / 8), tokens_(wg.tokens), staged_(wg.staging), piece_(wg.lane() % 8) {
+  DEVICE StagedRows(const WarpgroupContext& wg, uint8_t* destination, int64_t stride, bool stays)
+      : row_(wg.warp() * 16 + wg.lane() / 8),
+        tokens_(wg.tokens),
+        staged_(wg.staging),
+        piece_(wg.lane() % 8),
+        stays_(stays) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) to_[i] = destination + (row_ + 4 * i) * stride + piece_ * 16;
   }
@@ -33,13 +37,14 @@ class StagedRows {
   DEVICE void store(int offset) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (row_ + 4 * i < tokens_) store_global_v4(to_[i] + offset, rows_[i]);
+      if (row_ + 4 * i < tokens_) store_scratch_v4(to_[i] + offset, rows_[i], stays_);
   }
 
  private:
   int row_, tokens_;
   uint32_t staged_;
   int piece_;
+  bool stays_;
   uint8_t* to_[4];
   uint4 rows_[4];
 };
@@ -124,7 +129,7 @@ struct WideActivation {
                       codes[3]);
     }
     __syncwarp();
-    StagedRows rows(wg, p.h + wg.row0 * p.intermediate + column, p.intermediate);
+    StagedRows rows(wg, p.h + wg.row0 * p.intermediate + column, p.intermediate, p.stays);
     rows.load();
     rows.store(0);
   }
@@ -138,7 +143,7 @@ struct WideBf16 {
   DEVICE void run(const float (&sums)[2][64], const Tile& tile) const {
     const int64_t first = int64_t(tile.column) * 256;
     const bool second = first + 128 < p.columns;  // half of the last tile is outside when H is an odd multiple of 128
-    StagedRows rows(wg, reinterpret_cast<uint8_t*>(p.y2 + wg.row0 * p.stride + first), p.stride * 2);
+    StagedRows rows(wg, reinterpret_cast<uint8_t*>(p.y2 + wg.row0 * p.stride + first), p.stride * 2, p.stays);
 #pragma unroll
     for (int chunk = 0; chunk < 4; ++chunk) {  // 64 columns = 128 bytes a row
       if (chunk == 2 && !second) break;

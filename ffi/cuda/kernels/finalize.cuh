@@ -6,20 +6,29 @@
 namespace jax_moe::cuda {
 
 inline constexpr int kFinalizeThreads = 128;
-inline constexpr int kFinalizeColumnsPerCta = kFinalizeThreads * 8;
+inline constexpr int kFinalizeColumns = kFinalizeThreads * 8;  // at a time
+
+// Of a CTA: more than it sums at a time where tokens alone make CTAs enough.
+constexpr int finalize_columns_per_cta(int64_t num_tokens) {
+  return num_tokens < 1024 ? kFinalizeColumns : 4 * kFinalizeColumns;
+}
 
 struct FinalizeParameters {
-  const uint16_t* y2;                           // bf16 [num_rows, y2_stride], columns of them
+  uint16_t* y2;                                 // bf16 [num_rows, y2_stride], columns of them
   const int32_t* expanded_idx_to_permuted_idx;  // [T * K]
   SlotWeights weights;
   uint16_t* output;  // bf16 [T, output_stride], likewise
   int top_k;
-  int columns;
+  int columns, columns_per_cta;
   int y2_stride, output_stride;
   int num_rows;  // a row outside [0, num_rows) is none
+  // Scratch, kept in L2, that nobody reads after this kernel: y2, and h's rows of h_bytes, which may be null.
+  bool discards;
+  uint8_t* h;
+  int h_bytes;
 };
 
-// Grid: T * ceil(columns / kFinalizeColumnsPerCta) CTAs, columns fastest.
+// Grid: T * ceil(columns / columns_per_cta) CTAs, columns fastest.
 __global__ void finalize(const __grid_constant__ FinalizeParameters p);
 
 }  // namespace jax_moe::cuda

@@ -26,12 +26,12 @@ DEVICE void store_mx_values(uint16_t* to, bool second, uint2 codes, float scale)
   pairs[0] = make_uint2(a.x, b.x);
   pairs[2] = make_uint2(a.y, b.y);
 }
-// Of 16.
-DEVICE void store_mx_values(uint16_t* to, uint4 codes, float scale) {
+// Of 16; `stays`: in L2.
+DEVICE void store_mx_values(uint16_t* to, uint4 codes, float scale, bool stays = false) {
   const uint2 a = mx_values(codes.x, scale), b = mx_values(codes.y, scale);
   const uint2 c = mx_values(codes.z, scale), d = mx_values(codes.w, scale);
-  store_global_v4(to, make_uint4(a.x, b.x, c.x, d.x));
-  store_global_v4(to + 8, make_uint4(a.y, b.y, c.y, d.y));
+  store_scratch_v4(to, make_uint4(a.x, b.x, c.x, d.x), stays);
+  store_scratch_v4(to + 8, make_uint4(a.y, b.y, c.y, d.y), stays);
 }
 
 }  // namespace jax_moe::cuda

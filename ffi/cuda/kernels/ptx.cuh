@@ -99,6 +99,18 @@ DEVICE void store_global_v4(void* global, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
+// The same of what a later kernel of the call reads; `stays`: L2 makes room for others last there, until it is
+// discarded.
+DEVICE void store_scratch_v4(void* global, const uint4& v, bool stays) {
+  if (!stays) return store_global_v4(global, v);
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w), "l"(policy)
+               : "memory");
+}
+// 128 aligned bytes that nobody reads any more: L2 need not write them to memory.
+DEVICE void discard_line(void* global) { asm volatile("discard.global.L2 [%0], 128;" ::"l"(global) : "memory"); }
 DEVICE void cp_async_16(uint32_t smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
 }

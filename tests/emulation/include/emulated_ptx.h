@@ -81,6 +81,11 @@ DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_
   emulation::queue_bulk_load(smem, global, bytes, barrier);
 }
 DEVICE void store_global_v4(void* global, const uint4& v) { *static_cast<uint4*>(global) = v; }
+DEVICE void store_scratch_v4(void* global, const uint4& v, bool) { store_global_v4(global, v); }
+DEVICE void discard_line(void* global) {  // lost
+  if (reinterpret_cast<uintptr_t>(global) % 128 != 0) emulation::fail("discard_line: an address that is not aligned");
+  std::memset(global, 0xFF, 128);
+}
 DEVICE void cp_async_16(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 16); }
 DEVICE void cp_async_8(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 8); }
 DEVICE void cp_async_4(uint32_t smem, const void* global) { emulation::queue_cp_async(smem, global, 4); }
