@@ -30,6 +30,8 @@ inline constexpr int kMaxDecodeExperts = 4096;
 
 // A large call is routed in at most this many chunks of consecutive expanded indices.
 inline constexpr int kMaxRouteChunks = 128;
+// Up to so many local experts its CTAs have counters for each of their warps.
+inline constexpr int kMostCountedExperts = 1024;
 
 // A larger call has y2 for half of the columns at a time, half after half: y2 is most of its workspace, and reading h
 // twice costs little then.

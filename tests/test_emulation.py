@@ -215,8 +215,14 @@ def test_the_experts_offset_may_be_on_the_device(emulator: emulated.Emulator) ->
     check(case, given, emulated.run(emulator, case, given, offset_on_device=True))
 
 
-def test_many_rows_are_routed_in_chunks(emulator: emulated.Emulator) -> None:
-    case = cases.Case("chunks", 3000, 128, 128, 32, 8, (3, 5))
+@pytest.mark.parametrize(
+    ("tokens", "experts", "window"),
+    [(3000, 32, (3, 5)), (257, 32, (3, 5)), (1023, 32, None), (1024, 1024, (8, 1000)), (300, 1100, None)],
+)
+def test_many_rows_are_routed_in_chunks(
+    emulator: emulated.Emulator, tokens: int, experts: int, window: tuple[int, int] | None
+) -> None:
+    case = cases.Case("chunks", tokens, 128, 128, experts, 8, window, routing="zipf")
     given = cases.arrays(case)
     check(case, given, emulated.run(emulator, case, given, num_sms=4))
 

@@ -74,10 +74,12 @@ Status Route(const Call& c) {
                 int(c.p.num_tokens)};
     scatter.grid += unsigned(c.config.quantize_ctas);
   }
-  if (r.num_chunks > 1) {
+  if (c.config.route_counts_apart) {
     LaunchShape count = scatter;
     count.grid = unsigned(r.num_chunks);
     if (Status s = Launch("route_count", route_count, count, c.stream, r); !s.ok()) return s;
+  } else if (r.num_chunks > 1) {
+    return Launch("route_count_and_scatter", route_count_and_scatter, scatter, c.stream, r);
   }
   return Launch("route_scatter", route_scatter, scatter, c.stream, r);
 }
@@ -185,8 +187,8 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
                   c.activation(),
                   lora,
                   shuffled,
-                  c.config.scratch_stays};
-  g.bf16 = {w.y2, w.y2_columns, slab.columns, shuffled, c.config.scratch_stays};
+                  c.config.h_stays};
+  g.bf16 = {w.y2, w.y2_columns, slab.columns, shuffled, c.config.y2_stays};
   const LaunchShape shape{unsigned(c.config.gemm_grid), kGemmThreads, kGroupedGemmSharedBytes<Format>, true};
   return Launch(name, kernel, shape, c.stream, g);
 }
@@ -217,8 +219,8 @@ Status Finalize(const Call& c, Slab slab) {
   f.y2_stride = int(c.workspace.y2_columns);
   f.output_stride = int(c.p.hidden_size);
   f.num_rows = int(c.p.expanded_rows());
-  f.discards = c.config.scratch_stays;
-  if (!c.p.has_gemm1_lora_delta) {  // else h is a result
+  f.discards_y2 = c.config.y2_stays;
+  if (c.config.h_stays && !c.p.has_gemm1_lora_delta) {  // else h is a result
     f.h = c.config.tokens_are_values ? reinterpret_cast<uint8_t*>(c.workspace.h_values) : c.workspace.h;
     f.h_bytes = int(c.p.intermediate_size * (c.config.tokens_are_values ? 2 : 1));
   }

@@ -11,9 +11,10 @@
 namespace jax_moe::cuda {
 namespace {
 
-// A CTA places 1024 indices a round. Up to four rounds one CTA is done before a second launch would have started.
+// A CTA places 1024 indices a round. Up to so many rounds every CTA has counted all indices, of not too many experts,
+// before a launch that counts them once would have ended.
 constexpr int64_t kRouteRound = 1024;
-constexpr int64_t kSingleRouteRounds = 4;
+constexpr int64_t kMostCountedRounds = 8;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -45,8 +46,9 @@ constexpr int64_t kMostRowsOnce = 64;
 // they are read once. Each tile then waits for the products of a K block more: with less K than that it is level at
 // best. In blocks of few rows, and with DeepSeekFp8, whose products take less, it pays sooner.
 constexpr int64_t kLeastPairedK = 3072, kFewLeastPairedK = 2048;
-// Bytes of h and y2 to expect that L2 can keep until finalize, beside the weights that stream through it. To write what
-// it drops takes memory twice as long as to read as much; but to keep it and to discard it takes instructions.
+// Bytes of h, or h and y2, to expect that L2 can keep until finalize, beside the weights that stream through it. To
+// write what it drops takes memory twice as long as to read as much; but to keep it and to discard it takes
+// instructions.
 constexpr int64_t kMostKeptBytes = 40'000'000;
 // More elements of bf16 tokens than that, every CTA would be longer at quantising them than its first weights take.
 // Up to as many, tokens and h are held as f16.
@@ -140,9 +142,9 @@ Config Select(const Problem& p, int num_sms) {
   c.decode = SelectDecode(p, num_sms);
   const int64_t rows = std::max<int64_t>(p.expanded_rows(), 1);
   const int64_t rounds = CeilDiv(rows, kRouteRound);
-  const int64_t rounds_per_cta = rounds <= kSingleRouteRounds ? rounds : CeilDiv(rounds, kMaxRouteChunks);
-  c.route_chunk_size = int(rounds_per_cta * kRouteRound);
+  c.route_chunk_size = int(CeilDiv(rounds, kMaxRouteChunks) * kRouteRound);
   c.route_chunks = int(CeilDiv(rows, c.route_chunk_size));
+  c.route_counts_apart = rounds > (p.local_num_experts <= kMostCountedExperts ? kMostCountedRounds : 1);
   // 64 blocks of 128 a CTA of 1024 threads, four times in flight; two CTAs an SM.
   c.quantize_ctas = int(std::clamp<int64_t>(CeilDiv(p.num_tokens * p.hidden_size / kScaleBlock, 64), 1, 2 * num_sms));
 
@@ -156,9 +158,12 @@ Config Select(const Problem& p, int num_sms) {
   // NOTE: in BlockMajorK a K block's rows are the neighbours.
   c.paired_weights = read_once && !p.block_major_k() && !c.tokens_are_values &&
                      p.hidden_size >= (few && !p.mx() ? kFewLeastPairedK : kLeastPairedK);
-  const int64_t kept_bytes_a_row = 2 * p.hidden_size + (c.tokens_are_values ? 2 : 1) * p.intermediate_size;
-  c.scratch_stays =
-      p.do_finalize && p.expanded_rows() * p.local_num_experts / p.num_experts * kept_bytes_a_row <= kMostKeptBytes;
+  const int64_t expected_rows = p.expanded_rows() * p.local_num_experts / p.num_experts;
+  const int64_t h_bytes = expected_rows * (c.tokens_are_values ? 2 : 1) * p.intermediate_size;
+  const int64_t y2_bytes = expected_rows * 2 * p.hidden_size;
+  // NOTE: half of the columns after the other, h is needed twice.
+  c.h_stays = p.do_finalize && Y2Columns(p) == p.hidden_size && h_bytes <= kMostKeptBytes;
+  c.y2_stays = c.h_stays && h_bytes + y2_bytes <= kMostKeptBytes;
   c.most_tail_rows = few || p.mx() ? 0 : kMostTailRows;
   if (c.paired_weights)
     c.gemm_kernel =
@@ -200,7 +205,7 @@ std::string Explain(const Problem& p, int num_sms) {
   const std::string format = p.mx() ? "1x32" : "1x128", values = c.tokens_are_values ? " as bf16 values" : " e4m3";
   const bool few = c.block_rows == kFewRows;
   if (p.batch_invariant) text << "batch invariant: grouped kernels at every size\n";
-  text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_chunks > 1 ? 2 : 1)
+  text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_counts_apart ? 2 : 1)
        << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + values + " on the side" : "")
        << "\n"
        << "gemm1 and gemm2: " << c.gemm_kernel << ", " << c.gemm_grid << " CTAs, " << (few ? 8 : 16) << " to "

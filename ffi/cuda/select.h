@@ -32,9 +32,10 @@ struct Config {
   DecodeConfig decode;
   // The rest is for the grouped kernels.
 
-  int route_chunks;      // CTAs of the route kernels; one launch when 1
-  int route_chunk_size;  // expanded indices a CTA
-  int quantize_ctas;     // of the last route kernel, for tokens or E8M0 scales that are not yet what the GEMM reads
+  int route_chunks;         // CTAs of the route kernels
+  int route_chunk_size;     // expanded indices a CTA
+  bool route_counts_apart;  // by a launch of its own
+  int quantize_ctas;        // of the last route kernel, for tokens or E8M0 scales that are not yet what the GEMM reads
   const char* gemm_kernel;
   bool tokens_are_values;          // MxFp8 by bf16 wgmmas: x and h have their scales folded in
   int block_rows, most_tail_rows;  // kBlockM or kFewRows; rows that the last block of an expert may have beyond
@@ -42,7 +43,7 @@ struct Config {
   int gemm1_columns;               // column tiles of a row block
   int l2_bytes;                    // that L2 reads at a time, 128 or 256
   bool paired_weights;             // two K blocks of weights are asked for together
-  bool scratch_stays;              // h and y2, in L2, until finalize has read y2 and discards them
+  bool h_stays, y2_stays;          // in L2, until finalize has read y2 and discards them
 };
 
 Config Select(const Problem& problem, int num_sms);

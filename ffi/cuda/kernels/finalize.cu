@@ -72,8 +72,9 @@ DEVICE void discard_rows(const FinalizeParameters& p, const TokenRows& rows, int
     const bool has_row = slot < 32 && (rows.slots >> slot & 1);
     const int64_t row = __shfl_sync(~0u, rows.row, slot % 32);
     if (!has_row) continue;
-    for (int at = column + 4 * kLine * warp + kLine * (lane % 4); at < end; at += kFinalizeColumns)
-      discard_line(p.y2 + row * p.y2_stride + at);
+    if (p.discards_y2)
+      for (int at = column + 4 * kLine * warp + kLine * (lane % 4); at < end; at += kFinalizeColumns)
+        discard_line(p.y2 + row * p.y2_stride + at);
     if (column == 0 && p.h != nullptr)
       for (int at = 128 * (4 * warp + lane % 4); at < p.h_bytes; at += 128 * 16)
         discard_line(p.h + row * p.h_bytes + at);
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kFinalizeThreads, 8) finalize(const __grid_con
     sum_rows<2, 2>(p, rows, output, column, end);
   else
     sum_rows<8, 1>(p, rows, output, column, end);
-  if (p.discards) discard_rows(p, rows, column, end);
+  if (p.discards_y2 || p.h != nullptr) discard_rows(p, rows, column, end);
 }
 
 }  // namespace jax_moe::cuda

@@ -22,8 +22,8 @@ struct FinalizeParameters {
   int columns, columns_per_cta;
   int y2_stride, output_stride;
   int num_rows;  // a row outside [0, num_rows) is none
-  // Scratch, kept in L2, that nobody reads after this kernel: y2, and h's rows of h_bytes, which may be null.
-  bool discards;
+  // Scratch in L2 that nobody reads after this kernel: y2, and h's rows of h_bytes unless that is null.
+  bool discards_y2;
   uint8_t* h;
   int h_bytes;
 };

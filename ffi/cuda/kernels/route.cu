@@ -1,5 +1,5 @@
-// A stable counting sort of expanded rows by local expert, in one launch for small calls and two for large ones: count
-// each chunk, then place each chunk after the rows that all chunks before it have.
+// A stable counting sort of expanded rows by local expert: each chunk is placed after the rows that all chunks before
+// it have. In one launch where every CTA counts all slots for itself, in two where each chunk is counted once.
 #include "route.cuh"
 
 namespace jax_moe::cuda {
@@ -39,6 +39,29 @@ DEVICE void count_chunk(const RouteParameters& p, int chunk, int64_t first, int*
     const int e = p.slots.local_expert(__ldcg(p.slots.topk_ids + i), first);
     if (e >= 0) atomicAdd(&counts[e], 1);
   }
+  __syncthreads();
+}
+
+// next[e] = rows of expert e, before[e] = those of the slots before `begin`.
+DEVICE void count_all(const RouteParameters& p, int begin, int64_t first, int* next, int* before) {
+  constexpr int kInFlight = 8;
+  const int experts = p.slots.local_num_experts;
+  for (int e = threadIdx.x; e < experts; e += kRouteThreads) next[e] = before[e] = 0;
+  __syncthreads();
+  for (int base = threadIdx.x; base < p.num_expanded; base += kInFlight * kRouteThreads) {
+    int element[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i)
+      if (base + i * kRouteThreads < p.num_expanded) element[i] = __ldcg(p.slots.topk_ids + base + i * kRouteThreads);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int slot = base + i * kRouteThreads;
+      const int e = slot < p.num_expanded ? p.slots.local_expert(element[i], first) : -1;
+      if (e >= 0) atomicAdd(slot < begin ? &before[e] : &next[e], 1);
+    }
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < experts; e += kRouteThreads) next[e] += before[e];
   __syncthreads();
 }
 
@@ -104,8 +127,8 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
   }
 }
 
-// next[e]: rows per expert -> first row of the expert, in place.
-DEVICE void to_offsets(const RouteParameters& p, int* next, int* warps) {
+// next[e]: rows per expert -> first row of the expert, behind before[e] rows unless that is null, in place.
+DEVICE void to_offsets(const RouteParameters& p, const int* before, int* next, int* warps) {
   const int per_thread = (p.slots.local_num_experts + kRouteThreads - 1) / kRouteThreads;
   const int first = min(int(threadIdx.x) * per_thread, p.slots.local_num_experts);
   const int last = min(first + per_thread, p.slots.local_num_experts);
@@ -114,7 +137,7 @@ DEVICE void to_offsets(const RouteParameters& p, int* next, int* warps) {
   int row = exclusive_sum(rows, warps, total);
   for (int e = first; e < last; ++e) {
     const int count = next[e];
-    next[e] = row;
+    next[e] = row + (before != nullptr ? before[e] : 0);
     row += count;
   }
   __syncthreads();
@@ -198,6 +221,37 @@ DEVICE void place_chunk(const RouteParameters& p, int64_t first, int* next) {
   }
 }
 
+// By a grid of route_scatter. kCountsAll: each CTA counts all slots; else chunks are counted, or there is one.
+template <bool kCountsAll>
+DEVICE void scatter(const RouteParameters& p) {
+  const bool prepares = int(blockIdx.x) > p.num_chunks, lists = int(blockIdx.x) == p.num_chunks;
+  // NOTE: route_count starts this kernel after its own wait, and prepare_tokens() reads nothing of it.
+  if (!prepares || kCountsAll || p.num_chunks == 1) wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (prepares) return p.prepare_tokens();
+  __shared__ int warps[kWarps];
+  const int experts = p.slots.local_num_experts, chunk = lists ? 0 : blockIdx.x;
+  int* next = reinterpret_cast<int*>(dynamic_shared_memory());  // [L] rows of each expert, then its next free row
+  int* before = next + (experts + 3) / 4 * 4;  // [L] where this CTA counts all: rows of the chunks before its own
+  const int64_t first = p.slots.first_local();
+  const bool counted = !kCountsAll && p.num_chunks > 1;
+  if constexpr (kCountsAll) {
+    count_all(p, chunk * p.chunk_size, first, next, before);
+  } else if (counted) {
+    sum_chunks(p, p.num_chunks, [&](int expert, int rows) { next[expert] = rows; });
+    __syncthreads();
+  } else {
+    count_chunk(p, 0, first, next);
+  }
+  if (lists) return list_m_blocks(p, next, warps);
+  to_offsets(p, kCountsAll ? before : nullptr, next, warps);
+  if (counted) {
+    sum_chunks(p, chunk, [&](int expert, int rows) { next[expert] += rows; });
+    __syncthreads();
+  }
+  place_chunk(p, first, next);
+}
+
 }  // namespace
 
 __global__ void __launch_bounds__(kRouteThreads) route_count(const __grid_constant__ RouteParameters p) {
@@ -210,27 +264,10 @@ __global__ void __launch_bounds__(kRouteThreads) route_count(const __grid_consta
 }
 
 __global__ void __launch_bounds__(kRouteThreads) route_scatter(const __grid_constant__ RouteParameters p) {
-  const bool prepares = int(blockIdx.x) > p.num_chunks, lists = int(blockIdx.x) == p.num_chunks;
-  // NOTE: route_count starts this kernel after its own wait, and prepare_tokens() reads nothing of it.
-  if (!prepares || p.num_chunks == 1) wait_for_previous_kernel();
-  let_next_kernel_start();
-  if (prepares) return p.prepare_tokens();
-  __shared__ int warps[kWarps];
-  int* next = reinterpret_cast<int*>(dynamic_shared_memory());  // [L] rows of each expert, then its next free row
-  const int64_t first = p.slots.first_local();
-  if (p.num_chunks == 1) {
-    count_chunk(p, 0, first, next);
-  } else {
-    sum_chunks(p, p.num_chunks, [&](int expert, int rows) { next[expert] = rows; });
-    __syncthreads();
-  }
-  if (lists) return list_m_blocks(p, next, warps);
-  to_offsets(p, next, warps);
-  if (p.num_chunks > 1) {
-    sum_chunks(p, blockIdx.x, [&](int expert, int rows) { next[expert] += rows; });
-    __syncthreads();
-  }
-  place_chunk(p, first, next);
+  scatter<false>(p);
+}
+__global__ void __launch_bounds__(kRouteThreads) route_count_and_scatter(const __grid_constant__ RouteParameters p) {
+  scatter<true>(p);
 }
 
 }  // namespace jax_moe::cuda

@@ -15,7 +15,7 @@ struct RouteParameters {
   int top_k;
   int num_chunks;                         // 1..kMaxRouteChunks CTAs, each with
   int chunk_size;                         // this many expanded indices
-  int32_t* chunk_histogram;               // [L, kMaxRouteChunks], used when num_chunks > 1
+  int32_t* chunk_histogram;               // [L, kMaxRouteChunks], by route_count
   int32_t* expanded_idx_to_permuted_idx;  // [num_expanded], -1: no row
   int32_t* permuted_idx_to_token;         // [rows]
   int32_t* permuted_idx_to_expanded_idx;  // [rows], or null
@@ -42,17 +42,19 @@ struct RouteParameters {
   }
 };
 
-// Up to so many local experts, route_scatter counts for each warp apart.
-inline constexpr int kMostCountedExperts = kRouteThreads;
+static_assert(kMostCountedExperts <= kRouteThreads, "a thread an expert");
 // Bytes of dynamic shared memory of both kernels.
 constexpr int64_t route_shared_bytes(int64_t local_num_experts) {
   const int64_t counts = local_num_experts <= kMostCountedExperts ? local_num_experts * kRouteThreads / 32 * 2 : 0;
   return (local_num_experts + 3) / 4 * 16 + counts;
 }
 
-// Rows of each local expert in each chunk, a CTA a chunk. Only launched when num_chunks > 1.
+// Rows of each local expert in each chunk, a CTA a chunk.
 __global__ void route_count(const __grid_constant__ RouteParameters p);
-// Everything else: a CTA a chunk, one that lists the row blocks, and those that prepare tokens.
+// Everything else: a CTA a chunk, one that lists the row blocks, and those that prepare tokens. After route_count,
+// unless there is one chunk.
 __global__ void route_scatter(const __grid_constant__ RouteParameters p);
+// The same, of chunks that nobody has counted.
+__global__ void route_count_and_scatter(const __grid_constant__ RouteParameters p);
 
 }  // namespace jax_moe::cuda
