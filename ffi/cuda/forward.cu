@@ -195,17 +195,25 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
 
 Status Gemms(const Call& c, int stages, Slab slab) {
   const auto launch = [&](auto format, auto kernel) {
-    return GroupedGemms<decltype(format)>(c, c.config.gemm_kernel, kernel, stages, slab);
+    return GroupedGemms<decltype(format)>(c, NameOf(c.config.gemm_kernel), kernel, stages, slab);
   };
-  if (c.config.tokens_are_values) return launch(MxFormat(), grouped_gemm_mx_sm90);
-  const bool few = c.config.block_rows == kFewRows;
-  if (c.config.paired_weights) {
-    if (c.p.mx()) return launch(MxFewPairsFormat(), grouped_gemm_mx_few_pairs_sm90);
-    if (few) return launch(DeepSeekFewPairsFormat(), grouped_gemm_few_pairs_sm90);
-    return launch(DeepSeekPairsFormat(), grouped_gemm_pairs_sm90);
+  switch (c.config.gemm_kernel) {
+    case GroupedKernel::kMany:
+      return launch(DeepSeekFormat(), grouped_gemm_sm90);
+    case GroupedKernel::kManyPairs:
+      return launch(DeepSeekPairsFormat(), grouped_gemm_pairs_sm90);
+    case GroupedKernel::kFew:
+      return launch(DeepSeekFewFormat(), grouped_gemm_few_sm90);
+    case GroupedKernel::kFewPairs:
+      return launch(DeepSeekFewPairsFormat(), grouped_gemm_few_pairs_sm90);
+    case GroupedKernel::kMxMany:
+      return launch(MxFormat(), grouped_gemm_mx_sm90);
+    case GroupedKernel::kMxFew:
+      return launch(MxFewFormat(), grouped_gemm_mx_few_sm90);
+    case GroupedKernel::kMxFewPairs:
+      return launch(MxFewPairsFormat(), grouped_gemm_mx_few_pairs_sm90);
   }
-  if (c.p.mx()) return launch(MxFewFormat(), grouped_gemm_mx_few_sm90);
-  return few ? launch(DeepSeekFewFormat(), grouped_gemm_few_sm90) : launch(DeepSeekFormat(), grouped_gemm_sm90);
+  return Status::Internal("gemm1 and gemm2: a kernel that Select() does not know");
 }
 
 Status Finalize(const Call& c, Slab slab) {

@@ -137,6 +137,26 @@ DecodeConfig SelectDecode(const Problem& p, int num_sms) {
 
 }  // namespace
 
+const char* NameOf(GroupedKernel kernel) {
+  switch (kernel) {
+    case GroupedKernel::kMany:
+      return "grouped_gemm_sm90";
+    case GroupedKernel::kManyPairs:
+      return "grouped_gemm_pairs_sm90";
+    case GroupedKernel::kFew:
+      return "grouped_gemm_few_sm90";
+    case GroupedKernel::kFewPairs:
+      return "grouped_gemm_few_pairs_sm90";
+    case GroupedKernel::kMxMany:
+      return "grouped_gemm_mx_sm90";
+    case GroupedKernel::kMxFew:
+      return "grouped_gemm_mx_few_sm90";
+    case GroupedKernel::kMxFewPairs:
+      return "grouped_gemm_mx_few_pairs_sm90";
+  }
+  return "";
+}
+
 Config Select(const Problem& p, int num_sms) {
   Config c{};
   c.decode = SelectDecode(p, num_sms);
@@ -165,12 +185,14 @@ Config Select(const Problem& p, int num_sms) {
   c.h_stays = p.do_finalize && Y2Columns(p) == p.hidden_size && h_bytes <= kMostKeptBytes;
   c.y2_stays = c.h_stays && h_bytes + y2_bytes <= kMostKeptBytes;
   c.most_tail_rows = few || p.mx() ? 0 : kMostTailRows;
-  if (c.paired_weights)
-    c.gemm_kernel =
-        p.mx() ? "grouped_gemm_mx_few_pairs_sm90" : (few ? "grouped_gemm_few_pairs_sm90" : "grouped_gemm_pairs_sm90");
+  if (c.tokens_are_values)
+    c.gemm_kernel = GroupedKernel::kMxMany;
+  else if (p.mx())
+    c.gemm_kernel = c.paired_weights ? GroupedKernel::kMxFewPairs : GroupedKernel::kMxFew;
+  else if (few)
+    c.gemm_kernel = c.paired_weights ? GroupedKernel::kFewPairs : GroupedKernel::kFew;
   else
-    c.gemm_kernel = p.mx() ? (few ? "grouped_gemm_mx_few_sm90" : "grouped_gemm_mx_sm90")
-                           : (few ? "grouped_gemm_few_sm90" : "grouped_gemm_sm90");
+    c.gemm_kernel = c.paired_weights ? GroupedKernel::kManyPairs : GroupedKernel::kMany;
   // A gated GEMM1 multiplies 128 up rows beside their 128 gate rows, all others 256 neighbours. One persistent CTA an
   // SM, fewer when even the worst routing has fewer tiles of either GEMM.
   const int64_t most_m_blocks = std::min(rows, rows / c.block_rows + std::min(p.local_num_experts, rows));
@@ -208,7 +230,7 @@ std::string Explain(const Problem& p, int num_sms) {
   text << "route: " << c.route_chunks << " x " << c.route_chunk_size << " indices, " << (c.route_counts_apart ? 2 : 1)
        << " launch(es)" << (p.hidden_states_are_bf16() ? ", tokens quantised " + format + values + " on the side" : "")
        << "\n"
-       << "gemm1 and gemm2: " << c.gemm_kernel << ", " << c.gemm_grid << " CTAs, " << (few ? 8 : 16) << " to "
+       << "gemm1 and gemm2: " << NameOf(c.gemm_kernel) << ", " << c.gemm_grid << " CTAs, " << (few ? 8 : 16) << " to "
        << c.block_rows << " tokens, " << c.l2_bytes << " bytes into L2 at a time"
        << (c.paired_weights ? ", weights of two K blocks together" : "") << "\n"
        << "gemm1: " << (p.gated() ? "(128+128) rows" : "256 rows") << ", gathered A, activation + " << format << values

@@ -28,6 +28,10 @@ struct DecodeConfig {
   DecodeTile gemm1, gemm2;
 };
 
+// Of both grouped GEMMs: for many rows an expert or few, DeepSeekFp8 or MxFp8, weights by K blocks or by pairs of them.
+enum class GroupedKernel { kMany, kManyPairs, kFew, kFewPairs, kMxMany, kMxFew, kMxFewPairs };
+const char* NameOf(GroupedKernel kernel);
+
 struct Config {
   DecodeConfig decode;
   // The rest is for the grouped kernels.
@@ -36,7 +40,7 @@ struct Config {
   int route_chunk_size;     // expanded indices a CTA
   bool route_counts_apart;  // by a launch of its own
   int quantize_ctas;        // of the last route kernel, for tokens or E8M0 scales that are not yet what the GEMM reads
-  const char* gemm_kernel;
+  GroupedKernel gemm_kernel;
   bool tokens_are_values;          // MxFp8 by bf16 wgmmas: x and h have their scales folded in
   int block_rows, most_tail_rows;  // kBlockM or kFewRows; rows that the last block of an expert may have beyond
   int gemm_grid;                   // persistent CTAs
