@@ -227,6 +227,15 @@ def test_many_rows_are_routed_in_chunks(
     check(case, given, emulated.run(emulator, case, given, num_sms=4))
 
 
+@pytest.mark.parametrize(("tokens", "hidden"), [(1100, 384), (2050, 128), (1024, 1152)])
+def test_tokens_without_a_local_expert_need_not_be_quantised(
+    emulator: emulated.Emulator, tokens: int, hidden: int
+) -> None:
+    case = cases.Case("some", tokens, hidden, 128, 64, 2, (60, 4), x_dtype="bfloat16")
+    given = cases.arrays(case)
+    check(case, given, emulated.run(emulator, case, given, num_sms=4))
+
+
 def test_offsets_past_2_31(emulator: emulated.Emulator) -> None:
     """The last two of many tokens go to the last of many experts; what nobody reads takes no memory."""
     near = cases.Case("near", 2, 65536, 128, 1, 1, routing="one_expert", do_finalize=False)

@@ -44,7 +44,7 @@ struct Call {
     return {static_cast<const uint16_t*>(buffers.hidden_states.data),
             workspace.x,
             workspace.x_scale,
-            p.num_tokens * k_blocks,
+            int(p.num_tokens),
             k_blocks,
             scale_pitch,
             p.mx(),

@@ -3,7 +3,6 @@
 #pragma once
 #include "../../workspace.h"
 #include "quantize.cuh"
-#include "slots.cuh"
 
 namespace jax_moe::cuda {
 
@@ -37,8 +36,10 @@ struct RouteParameters {
       scales.run(cta, ctas);
     else if (fold.codes != nullptr)
       fold.run(cta, ctas);
+    else if (slots.local_num_experts == slots.num_experts || tokens.num_tokens < kLeastTokensToAskAbout)
+      tokens.run(cta, ctas, AllTokens());
     else
-      tokens.run(cta, ctas);
+      tokens.run(cta, ctas, TokensOfLocalExperts{slots, top_k, slots.first_local()});
   }
 };
 
