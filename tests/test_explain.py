@@ -168,6 +168,30 @@ def test_long_rows_of_weights_that_are_read_once_come_in_pairs_of_k_blocks() -> 
 
 
 @needs_kernels
+def test_what_a_call_writes_for_itself_stays_in_l2_where_it_fits() -> None:
+    """Up to 40 MB of h and y2, or of h; not where h is read twice, nor where y2 is a result. Values are twice h."""
+    both, one = "h and y2 stay in L2", "slot order, h stays in L2"
+    assert both in jax_moe.explain(**layer(1024, 2048, 768, 128, 8))  # 39.8 MB
+    assert one in jax_moe.explain(**layer(1030, 2048, 768, 128, 8))
+    assert one in jax_moe.explain(**layer(1024, 2048, 768, 128, 8, mx=True))  # 46 MB
+    assert one in jax_moe.explain(**layer(6510, 2048, 768, 128, 8))
+    assert "stay" not in jax_moe.explain(**layer(6511, 2048, 768, 128, 8))
+    assert "stay" not in jax_moe.explain(**layer(8193, 2048, 128, 128, 8))
+    case = dataclasses.replace(CASES["t53"], x_dtype="bfloat16", tokens=200, name="")
+    assert both in jax_moe.explain(**arguments(case))
+    assert "stay" not in jax_moe.explain(**arguments(dataclasses.replace(case, do_finalize=False)))
+
+
+@needs_kernels
+def test_one_launch_routes_up_to_8192_slots() -> None:
+    """Of at most 1024 experts, else up to 1024."""
+    assert "8 x 1024 indices, 1 launch(es)" in jax_moe.explain(**layer(1024, 1024, 512, 128, 8))
+    assert "2 launch(es)" in jax_moe.explain(**layer(1025, 1024, 512, 128, 8))
+    assert "1 launch(es)" in jax_moe.explain(**layer(128, 1024, 512, 1025, 8))
+    assert "2 launch(es)" in jax_moe.explain(**layer(129, 1024, 512, 1025, 8))
+
+
+@needs_kernels
 def test_many_bytes_of_weights_take_the_grouped_kernels() -> None:
     """Four tokens, 32 slots: few for the decode kernels, unless experts are of 44 MB each. Fewer are many where
     tokens are two tiles: 16 slots as well. MxFp8 counts 64 slots alone up to eight tokens, one tile.

@@ -237,7 +237,8 @@ std::string Explain(const Problem& p, int num_sms) {
        << ", " << c.gemm1_columns << " column tiles\n"
        << "gemm2: 256 rows, bf16, " << CeilDiv(Y2Columns(p), kSlabStep) << " column tiles\n"
        << (Y2Columns(p) < p.hidden_size ? "gemm2 and finalize: one half of the columns after the other\n" : "")
-       << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller") << "\n"
+       << "finalize: " << (p.do_finalize ? "weighted sum in slot order" : "left to the caller")
+       << (c.h_stays ? (c.y2_stays ? ", h and y2 stay in L2 until then" : ", h stays in L2 until then") : "") << "\n"
        << "workspace: " << WorkspaceSize(p).at(p.num_tokens) << " bytes\n";
   return text.str();
 }
