@@ -41,7 +41,7 @@ class Defaults:
 
 DEFAULTS = {
     ("gpu", False): Defaults(
-        "dsv3_ep8,dsv3_e32,dsv3_e256,qwen3_30b,qwen3_235b", "1,4,16,64,256,1024,4096,8192", None, 20
+        "dsv3_ep8,dsv3_e32,dsv3_e256,qwen3_30b,qwen3_235b", "1,4,16,64,256,1024,4096,8192", None, 10
     ),
     ("gpu", True): Defaults("qwen3_30b,dsv3_ep8", "1,64,1024", None, 5),
     ("cpu", False): Defaults("qwen3_30b", "1,16,128", 16, 20),
