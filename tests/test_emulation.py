@@ -216,13 +216,20 @@ def test_the_experts_offset_may_be_on_the_device(emulator: emulated.Emulator) ->
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "window"),
-    [(3000, 32, (3, 5)), (257, 32, (3, 5)), (1023, 32, None), (1024, 1024, (8, 1000)), (300, 1100, None)],
+    ("tokens", "experts", "window", "routing"),
+    [
+        (3000, 32, (3, 5), "uniform"),
+        (3000, 32, (3, 5), "zipf"),
+        (257, 32, (3, 5), "zipf"),
+        (1023, 32, None, "zipf"),
+        (1024, 1024, (8, 1000), "zipf"),
+        (300, 1100, None, "zipf"),
+    ],
 )
 def test_many_rows_are_routed_in_chunks(
-    emulator: emulated.Emulator, tokens: int, experts: int, window: tuple[int, int] | None
+    emulator: emulated.Emulator, tokens: int, experts: int, window: tuple[int, int] | None, routing: str
 ) -> None:
-    case = cases.Case("chunks", tokens, 128, 128, experts, 8, window, routing="zipf")
+    case = cases.Case("chunks", tokens, 128, 128, experts, 8, window, routing=routing)
     given = cases.arrays(case)
     check(case, given, emulated.run(emulator, case, given, num_sms=4))
 

@@ -24,9 +24,8 @@ Status FinalizeRows(const FinalizeProblem& p, const FinalizeBuffers& b, int devi
   f.top_k = int(p.top_k);
   f.columns = f.y2_stride = f.output_stride = int(p.hidden_size);
   f.columns_per_cta = finalize_columns_per_cta(p.num_tokens);
-  const int64_t parts = (p.hidden_size + f.columns_per_cta - 1) / f.columns_per_cta;
-  return Launch("finalize", finalize, {unsigned(p.num_tokens * parts), kFinalizeThreads},
-                static_cast<cudaStream_t>(stream), f);
+  const unsigned grid = unsigned(finalize_ctas(p.num_tokens, p.hidden_size));
+  return Launch("finalize", finalize, {grid, kFinalizeThreads}, static_cast<cudaStream_t>(stream), f);
 }
 
 }  // namespace jax_moe::cuda

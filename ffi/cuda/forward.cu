@@ -233,7 +233,7 @@ Status Finalize(const Call& c, Slab slab) {
     f.h_bytes = int(c.p.intermediate_size * (c.config.tokens_are_values ? 2 : 1));
   }
   f.columns_per_cta = finalize_columns_per_cta(c.p.num_tokens);
-  const unsigned grid = unsigned(c.p.num_tokens) * Ctas(slab.columns, f.columns_per_cta);
+  const unsigned grid = unsigned(finalize_ctas(c.p.num_tokens, slab.columns));
   return Launch("finalize", finalize, {grid, kFinalizeThreads, 0, true}, c.stream, f);
 }
 

@@ -28,7 +28,11 @@ struct FinalizeParameters {
   int h_bytes;
 };
 
-// Grid: T * ceil(columns / columns_per_cta) CTAs, columns fastest.
+// The grid: so many CTAs a token, columns fastest.
+constexpr int64_t finalize_ctas(int64_t num_tokens, int64_t columns) {
+  const int columns_per_cta = finalize_columns_per_cta(num_tokens);
+  return num_tokens * ((columns + columns_per_cta - 1) / columns_per_cta);
+}
 __global__ void finalize(const __grid_constant__ FinalizeParameters p);
 
 }  // namespace jax_moe::cuda

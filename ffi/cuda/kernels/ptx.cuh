@@ -88,6 +88,12 @@ DEVICE uint64_t evict_first_policy() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+// For what is read soon: it is the last to make room for others.
+DEVICE uint64_t evict_last_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 // `bytes` neighbours; addresses and sizes are multiples of 16.
 DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
@@ -103,10 +109,8 @@ DEVICE void store_global_v4(void* global, const uint4& v) {
 // discarded.
 DEVICE void store_scratch_v4(void* global, const uint4& v, bool stays) {
   if (!stays) return store_global_v4(global, v);
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w), "l"(policy)
+               "r"(v.z), "r"(v.w), "l"(evict_last_policy())
                : "memory");
 }
 // 128 aligned bytes that nobody reads any more: L2 need not write them to memory.

@@ -49,13 +49,14 @@ struct QuantizeTokens {
   }
 
  private:
+  static constexpr int kInFlight = 4;  // steps
+
   // A warp takes every parts-th of the steps of a token, two blocks each.
   template <bool kMx, bool kValues, class Needed>
   DEVICE void run_as(int cta, int ctas, const Needed& needed) const {
-    constexpr int kInFlight = 4;
     const unsigned of_cta = blockDim.x / 32, warps = ctas * of_cta, steps = (k_blocks + 1) / 2;
     const unsigned parts = min(max(warps / unsigned(num_tokens), (steps + kInFlight - 1) / kInFlight), steps);
-    const unsigned units = num_tokens * parts;  // NOTE: less than tokens have bytes / 512
+    const unsigned units = num_tokens * parts;  // NOTE: no more than tokens have pieces of 256 bytes
     unsigned unit = cta * of_cta + threadIdx.x / 32;
     int asked = unit < units ? needed.ask(unit / parts) : 0;
     while (unit < units) {
@@ -64,23 +65,23 @@ struct QuantizeTokens {
       unit += warps;
       if (unit < units) asked = needed.ask(unit / parts);
       for (unsigned step = is_needed ? part : steps; step < steps; step += kInFlight * parts)
-        quantize<kMx, kValues, kInFlight>(token, int(step), int(parts));
+        quantize<kMx, kValues>(token, int(step), int(parts));
     }
   }
 
-  // Steps first, first + stride, ..., kCount of them at most.
-  template <bool kMx, bool kValues, int kCount>
+  // Steps first, first + stride, ..., kInFlight of them at most.
+  template <bool kMx, bool kValues>
   DEVICE void quantize(int64_t token, int first, int stride) const {
     const int half = threadIdx.x % 32 / 16, piece = threadIdx.x % 16;  // 8 elements of a block
-    uint4 v[kCount];
+    uint4 v[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kInFlight; ++i) {
       const int of_row = 2 * (first + i * stride) + half;
       v[i] = of_row < k_blocks ? __ldcg(reinterpret_cast<const uint4*>(x) + (token * k_blocks + of_row) * 16 + piece)
                                : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kInFlight; ++i) {
       const int of_row = 2 * (first + i * stride) + half;
       if (of_row - half >= k_blocks) break;
       float scale;

@@ -3,6 +3,7 @@
 #pragma once
 #include "../../workspace.h"
 #include "quantize.cuh"
+#include "slots.cuh"
 
 namespace jax_moe::cuda {
 
