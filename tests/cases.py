@@ -215,9 +215,7 @@ def _option_cases() -> list[Case]:
 def _chosen(factors: tuple[dict[str, dict[str, Any]], ...], row: tuple[int, ...]) -> tuple[dict[str, Any], str]:
     """What a row of choices changes, and its name."""
     chosen = [list(factor.items())[choice] for factor, choice in zip(factors, row, strict=True)]
-    changes: dict[str, Any] = {}
-    for _, change in chosen:
-        changes |= change
+    changes = {key: value for _, change in chosen for key, value in change.items()}
     return changes, "_".join(label for label, _ in chosen if label)
 
 
@@ -226,14 +224,12 @@ def _extreme_cases() -> list[Case]:
     for name in EXTREMES:
         changes: dict[str, Any] = {"x_dtype": "bfloat16"} if name == "inf_x" else {}  # float8 has no Inf
         option = max((option for option in OPTIONS if name.endswith(f"_{option}")), key=len, default="")
-        changes |= OPTIONS.get(option, {})
-        cases.append(Case(f"extreme_{name}", 33, 256, 256, 8, 3, extreme=name, **changes))
+        cases.append(Case(f"extreme_{name}", 33, 256, 256, 8, 3, extreme=name, **changes | OPTIONS.get(option, {})))
     for option in ("geglu", "relu2", "identity", "alpha_beta_clamp", "apart_f32", "lora"):
         for name in ("nan_x_scale", "inf_x_scale", "nan_gemm1_code", "large", "tiny"):
             cases.append(Case(f"extreme_{name}_{option}", 33, 256, 256, 8, 3, extreme=name, **OPTIONS[option]))
     cases += [
-        Case("extreme_nan_x_bf16", 33, 256, 256, 8, 3, x_dtype="bfloat16", extreme="nan_x"),
-        Case("extreme_zero_x_bf16", 33, 256, 256, 8, 3, x_dtype="bfloat16", extreme="zero_x"),
+        *(Case(f"extreme_{x}_bf16", 33, 256, 256, 8, 3, x_dtype="bfloat16", extreme=x) for x in ("nan_x", "zero_x")),
         Case("extreme_nan_x_unfinalized", 33, 256, 256, 8, 3, extreme="nan_x", do_finalize=False),
     ]
     return cases
@@ -268,10 +264,12 @@ def _mx_cases() -> list[Case]:
     cases += [Case(f"mx_h{h}_i{i}", 33, h, i, 4, **MX) for h, i in shapes]
     cases += [Case(name, 53, 256, 256, 8, 3, **option) for name, option in MX_OPTIONS.items()]
     cases += [Case(f"{name}_h3200", 33, 3200, 384, 4, **MX_OPTIONS[name]) for name in ("mx", "mx_bf16", "mx_shuffled")]
-    rows = (17, 33, 49, 65, 97, 128, 129)
+    rows = (17, 33, 49, 65, 97, 128, 129, 144, 145, 272, 273)
     cases += [Case(f"mx_rows_{n}", n, 256, 256, 2, 1, routing="one_expert", **MX) for n in rows]
     for name in ("mx_relu2", "mx_lora", "mx_shuffled", "mx_shuffled_grid", "mx_bf16"):
         cases += [Case(f"{name}_t{tokens}", tokens, 384, 128, **MX_OPTIONS[name]) for tokens in (0, 1, 257)]
+        alone = MX_OPTIONS[name] | {"routing": "one_expert"}
+        cases += [Case(f"{name}_rows_{n}", n, 256, 256, 2, 1, **alone) for n in (143, 145)]
         cases.append(Case(f"{name}_e300", 53, 128, 128, 300, 8, (31, 200), "mixed", **MX_OPTIONS[name]))
     cases += [
         Case("mx_lora_unfinalized", 53, 256, 256, 16, 4, (3, 9), "mixed", lora=True, do_finalize=False, **MX),
@@ -287,7 +285,8 @@ def _mx_cases() -> list[Case]:
         cases.append(Case(f"mx_pair_{name}", **MX | common | changes))
     for name in MX_EXTREMES:
         option = MX_OPTIONS["mx_bf16" if name.endswith("_bf16") else "mx_lora"] | {"extreme": name}
-        sizes = {"": 33} if name in BEYOND_BF16 else {"": 33, "_many": 77}  # rows an expert
+        # Rows of three of eight experts: few, many, and of most experts as a tile takes beside 128.
+        sizes = {"": 33} if name in BEYOND_BF16 else {"": 33, "_many": 77, "_tails": 363}
         cases += [Case(f"extreme_{name}{many}", tokens, 256, 256, 8, 3, **option) for many, tokens in sizes.items()]
     return cases
 
@@ -298,10 +297,10 @@ def _large_cases() -> list[Case]:
     cases.append(_layer("dsv3_ep8", 1024, name="dsv3_ep8_bf16_unfinalized", do_finalize=False, **bf16))
     cases += [_layer("dsv3_e32", 4096), _layer("dsv3_e32", 300, name="dsv3_e32_zipf", routing="zipf")]
     cases += [_layer("dsv3_e256", tokens) for tokens in (8, 1024)]
-    cases += [_layer("qwen3_30b", tokens) for tokens in (1, 8, 200, 5000)]
     cases.append(_layer("qwen3_30b", 4096, name="qwen3_30b_one_expert", routing="one_expert"))
-    cases += [_layer("qwen3_235b", 32, name="qwen3_235b_bf16", **bf16), _layer("qwen3_235b", 2048)]
     cases += [
+        *(_layer("qwen3_30b", tokens) for tokens in (1, 8, 200, 5000)),
+        *(_layer("qwen3_235b", 32, name="qwen3_235b_bf16", **bf16), _layer("qwen3_235b", 2048)),
         Case("past_2_31_hidden", 40000, 7168, 256, 16, 8, size="large"),
         Case("past_2_31_hidden_bf16_unfinalized", 40000, 7168, 256, 16, 8, do_finalize=False, size="large", **bf16),
         Case("past_2_31_inter", 140000, 256, 2048, 16, 8, size="large"),

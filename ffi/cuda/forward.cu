@@ -26,7 +26,7 @@ static_assert(kGroupedGemmSharedBytes<DeepSeekFormat> <= kMaxSharedBytes, "share
 static_assert(kGroupedGemmSharedBytes<DeepSeekFewFormat> <= kMaxSharedBytes, "likewise");
 static_assert(kGroupedGemmSharedBytes<MxFormat> <= kMaxSharedBytes, "likewise");
 static_assert(kGroupedGemmSharedBytes<MxFewFormat> <= kMaxSharedBytes, "likewise");
-static_assert(MxFewFormat::kMaxTokens == kFewRows && MxFormat::kMaxTokens == kBlockM, "the blocks of Select()");
+static_assert(MxFewFormat::kMaxTokens == kFewRows && MxFormat::kNarrowTokens == kBlockM, "the blocks of Select()");
 
 unsigned Ctas(int64_t items, int64_t per_cta) { return unsigned((items + per_cta - 1) / per_cta); }
 
@@ -106,14 +106,23 @@ Status DescribeWeights(const Call& c, const Buffer& weights, const Buffer& scale
 
 // The scales of such weights with MxFp8; by_turns: their up and gate rows take turns, which a grid's do not. k_blocks:
 // of each of their tiles, or'ed with those of tiles that a launch has before them.
-MxWeightScales DescribeScales(const Call& c, const Buffer& scale, bool by_turns, bool zipped, int k_blocks,
-                              int most_words) {
-  const bool shuffled = c.p.use_shuffled_weight != 0;
-  const MxScaleOrder rows = shuffled ? MxScaleOrder::kInterleaved : MxScaleOrder::kRows;
-  const MxScaleOrder grid = by_turns ? MxScaleOrder::kGridByTurns : MxScaleOrder::kGrid;
-  const MxScaleOrder order = c.p.weights_scale_rows == 1 ? rows : grid;
-  return {static_cast<const uint32_t*>(scale.data), order,
-          order == MxScaleOrder::kInterleaved ? 1 : std::gcd(k_blocks, most_words), zipped};
+MxWeightScales DescribeScales(const Call& c, const Buffer& scale, const GemmShape& shape, bool by_turns, bool zipped,
+                              int k_blocks, int most_words) {
+  const unsigned of_row = unsigned(shape.k_blocks), scale_rows = unsigned(c.p.weights_scale_rows);
+  const unsigned rows = unsigned(shape.rows_per_expert) / scale_rows;
+  const bool interleaved = scale_rows == 1 && c.p.use_shuffled_weight != 0;
+  MxWeightScales s{static_cast<const uint32_t*>(scale.data), rows * of_row, 128 / scale_rows * of_row, 1, {}};
+  for (unsigned bit = 0; bit < 7; ++bit) s.to_row[bit] = (1u << bit) / scale_rows * of_row;
+  if (interleaved) {  // 128x4: the words of row r and K block k are at [r / 128][k][r % 32][r % 128 / 32]
+    s.to_k_block = 128;
+    for (unsigned bit = 0; bit < 7; ++bit) s.to_row[bit] = bit < 5 ? 4u << bit : 1u << (bit - 5);
+  } else if (scale_rows > 1 && by_turns) {  // of 32 rows 16 are up rows, and those in the first of every two eights
+    s.to_128_rows = 2 * of_row;
+    for (unsigned bit = 0; bit < 7; ++bit) s.to_row[bit] = bit == 3 ? rows / 2 * of_row : bit == 6 ? of_row : 0;
+  }
+  s.words_per_request = interleaved ? 1 : std::gcd(k_blocks, most_words);
+  s.zipped = zipped;
+  return s;
 }
 
 // Tokens' scales: the caller's, or those that the route's CTAs have made.
@@ -130,14 +139,17 @@ TokenScales DescribeTokenScales(const Call& c) {
 
 // What one GEMM is told of its tokens' and its weights' scales.
 template <class Format>
-typename Format::Scales ScalesOf(const Call& c, const TokenScales& tokens, const Buffer& weights, bool by_turns,
-                                 bool zipped, int k_blocks) {
-  if constexpr (!Format::kMx)
+typename Format::Scales ScalesOf(const Call& c, const TokenScales& tokens, const Buffer& weights,
+                                 const GemmShape& shape, bool by_turns, bool zipped, int k_blocks) {
+  if constexpr (!Format::kMx) {
     return tokens;
-  else if constexpr (Format::kTokenPlanes > 1)
-    return DescribeScales(c, weights, by_turns, zipped, k_blocks, Format::kMostWords);
-  else
-    return {tokens, DescribeScales(c, weights, by_turns, zipped, k_blocks, Format::kMostWords)};
+  } else {
+    const MxWeightScales of_weights = DescribeScales(c, weights, shape, by_turns, zipped, k_blocks, Format::kMostWords);
+    if constexpr (Format::kTokenPlanes > 1)
+      return of_weights;
+    else
+      return {tokens, of_weights};
+  }
 }
 
 // GEMM1, GEMM2 of a slab, or both, in one launch.
@@ -166,9 +178,9 @@ Status GroupedGemms(const Call& c, const char* name, Kernel kernel, int stages, 
   second.column_step = kSlabStep;
   second.half_step = 128;
   second.first_row = int(slab.first);
-  g.scales[0] =
-      ScalesOf<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, by_turns, !shuffled, first.k_blocks);
-  g.scales[1] = ScalesOf<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, false, false,
+  g.scales[0] = ScalesOf<Format>(c, DescribeTokenScales(c), c.buffers.gemm1_weights_scale, first, by_turns, !shuffled,
+                                 first.k_blocks);
+  g.scales[1] = ScalesOf<Format>(c, {w.h_scale, w.scale_stride, 1}, c.buffers.gemm2_weights_scale, second, false, false,
                                  first.k_blocks | second.k_blocks);
   const void* codes = c.p.hidden_states_are_bf16() ? w.x : c.buffers.hidden_states.data;
   g.rows = {static_cast<const uint8_t*>(values ? w.x_values : codes), w.permuted_idx_to_token};

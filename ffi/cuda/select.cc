@@ -184,7 +184,7 @@ Config Select(const Problem& p, int num_sms) {
   // NOTE: half of the columns after the other, h is needed twice.
   c.h_stays = p.do_finalize && Y2Columns(p) == p.hidden_size && h_bytes <= kMostKeptBytes;
   c.y2_stays = c.h_stays && h_bytes + y2_bytes <= kMostKeptBytes;
-  c.most_tail_rows = few || p.mx() ? 0 : kMostTailRows;
+  c.most_tail_rows = few ? 0 : kMostTailRows;
   if (c.tokens_are_values)
     c.gemm_kernel = GroupedKernel::kMxMany;
   else if (p.mx())

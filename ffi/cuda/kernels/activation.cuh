@@ -45,7 +45,8 @@ struct Identity {
   DEVICE float operator()(float x) const { return x; }
 };
 
-// What the caller asked for; the arrays have one float32 a local expert, or are null.
+// What the caller asked for; NOTE: read past L1, where what comes before a wait for the previous kernel might stay.
+// The arrays have one float32 a local expert, or are null.
 struct ActivationChoice {
   ActivationType type;
   const float* alpha;
@@ -61,9 +62,9 @@ DEVICE void with_activation(const ActivationChoice& choice, int expert, const Us
       if (choice.alpha == nullptr && choice.beta == nullptr && choice.clamp_limit == nullptr) {
         use(Swiglu{});
       } else {
-        use(ParametricSwiglu{choice.alpha ? __ldg(choice.alpha + expert) : 1.f,
-                             choice.beta ? __ldg(choice.beta + expert) : 0.f,
-                             choice.clamp_limit ? __ldg(choice.clamp_limit + expert) : INFINITY});
+        use(ParametricSwiglu{choice.alpha ? __ldcg(choice.alpha + expert) : 1.f,
+                             choice.beta ? __ldcg(choice.beta + expert) : 0.f,
+                             choice.clamp_limit ? __ldcg(choice.clamp_limit + expert) : INFINITY});
       }
       break;
     case ActivationType::kGeglu:

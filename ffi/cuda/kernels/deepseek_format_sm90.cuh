@@ -8,11 +8,12 @@
 namespace jax_moe::cuda {
 
 // kTileTokens: the most of a tile. kInPairs: see in_pairs(). kInFlight: stages whose tokens and scales are on their way
-// at a time.
+// at a time. kWide: whether tiles of more than kNarrowTokens are wide, else narrow ones of kBlockM with a tail.
+// kOneLoop: Multiplier::run() says why.
 template <int kTileTokens, int kRingStages, bool kInPairs>
 struct DeepSeekFormatOf {
   using Scales = TokenScales;
-  static constexpr bool kMx = false, kPairs = kInPairs;
+  static constexpr bool kMx = false, kPairs = kInPairs, kOneLoop = false, kWide = true;
   static constexpr int kTokenPlanes = 1, kFewestTokens = kTileTokens > 32 ? 16 : 8;
   static constexpr int kStages = kRingStages, kInFlight = 3;
   static constexpr int kMaxTokens = kTileTokens;
@@ -85,6 +86,14 @@ struct DeepSeekFormatOf {
 #pragma unroll
       for (int i = 0; i < 64; ++i) sums[half][i] += factor[i / 2 % 2] * acc[i];
     }
+  }
+
+  // The same, tail += this warpgroup's rows times the tokens behind those.
+  template <int kSums, class Release>
+  static DEVICE void multiply_tailed(const Stage& stage, const NarrowRows& rows, const WarpgroupContext& wg,
+                                     float (&sums)[2][64], float (&tail)[2][kSums], const Release& release) {
+    multiply_narrow<kMostTailRows>(stage, rows, wg, tail, [] {}, kBlockM);
+    multiply_wide(stage, wg, sums, release);
   }
 
   // Narrow tiles: sums += this warpgroup's 64 rows of each half times kTokens tokens from `first` on. The second half

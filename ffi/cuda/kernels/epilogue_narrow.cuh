@@ -59,7 +59,7 @@ struct NarrowActivation {
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         const int token = 8 * j + 2 * wg.quad() + b;
-        if (token >= wg.tokens) continue;
+        if (token >= wg.stored) continue;
         const uint16_t* from = p.lora.of_row(wg.row0 + token);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -145,7 +145,7 @@ struct NarrowActivation {
                                                                      : magnitude_at(wg.staging, 0, 2 * s + w, token)));
         const uint32_t byte = mx_block_scale(amax);
         shared.inverse[wg.index][s][token] = mx_inverse(byte);
-        if (p.h_scale)
+        if (p.h_scale && token < wg.stored)
           reinterpret_cast<uint8_t*>(scale_of)[kOrder == Order::kTurns ? 2 * s + wg.index : 2 * wg.index + s] =
               uint8_t(byte);
       }
@@ -157,7 +157,7 @@ struct NarrowActivation {
         amax = fmaxf(amax, load_shared_f32(magnitude_at(first + w / 4 * wg.staging_bytes, 0, w % 4, token)));
       const float scale = block_scale(amax);
       shared.inverse[wg.index][0][token] = 1.f / scale;
-      if (wg.index == 0) *scale_of = scale;
+      if (wg.index == 0 && token < wg.stored) *scale_of = scale;
     }
   }
 
@@ -199,7 +199,7 @@ struct NarrowActivation {
 #pragma unroll
     for (int i = 0; i < kMaxTokens / 32; ++i) {
       const int token = 32 * i + wg.thread / 4;
-      if (token < wg.tokens) store<kOrder>(staged, token, piece, first);
+      if (token < wg.stored) store<kOrder>(staged, token, piece, first);
     }
   }
 
@@ -259,7 +259,7 @@ struct NarrowBf16 {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = 16 * i + wg.thread / 8, of_tile = chunk * kChunkTokens + token;
-          if (of_tile < wg.tokens) store_scratch_v4(to + of_tile * p.stride, staged.get<kOrder>(token, piece), p.stays);
+          if (of_tile < wg.stored) store_scratch_v4(to + of_tile * p.stride, staged.get<kOrder>(token, piece), p.stays);
         }
       }
     }

@@ -49,13 +49,13 @@ struct GemmSharedMemory {
   }
 };
 
-// Calls use(a number of tokens known to the compiler), at least `tokens`: kTokens, or more of 16, 32 and
-// multiples of 32, at most kMost.
-template <int kMost, int kTokens, class Use>
+// Calls use(a number of tokens known to the compiler), at least `tokens`: a multiple of kStep up to 32, or of 32, at
+// most kMost.
+template <int kMost, int kStep, int kTokens = kStep, class Use>
 DEVICE void with_tokens(int tokens, const Use& use) {
-  constexpr int kNext = kTokens < 32 ? 2 * kTokens : kTokens + 32;
+  constexpr int kNext = kTokens < 32 ? kTokens + kStep : kTokens + 32;
   if constexpr (kTokens < kMost) {
-    if (tokens > kTokens) return with_tokens<kMost, kNext>(tokens, use);
+    if (tokens > kTokens) return with_tokens<kMost, kStep, kNext>(tokens, use);
   }
   use(std::integral_constant<int, kTokens>());
 }
@@ -66,22 +66,49 @@ class Multiplier {
  public:
   DEVICE Multiplier(Shared& shared, int warpgroup, int thread)
       : shared_(shared),
-        wg_{warpgroup, thread, 0, 0, smem_address(shared.staging[warpgroup]), Shared::kStagingBytes},
-        tile_(reader_.next(shared.tiles)) {}
+        wg_{warpgroup, thread, 0, 0, 0, smem_address(shared.staging[warpgroup]), Shared::kStagingBytes},
+        tile_{} {}
 
-  // All tiles of one GEMM.
-  template <int kGemm, class Epilogue>
-  DEVICE void run(const GemmShape& shape, const Epilogue& epilogue) {
+  // All tiles. NOTE: an instruction that is not in the SM's cache comes behind all weights that memory has been asked
+  // for: MxFp8's first epilogue took 4 us, later ones 0.7. So where an SM has but a few tiles of few tokens, one loop
+  // serves both GEMMs, and both epilogues are practised while the kernel before ends.
+  DEVICE void run(const GroupedGemmParameters<typename Shared::Format>& p) {
+    if constexpr (Format::kOneLoop) {
+      run<kFirstGemm, kSecondGemm>(p);
+    } else {
+      wait_for_previous_kernel();
+      tile_ = reader_.next(shared_.tiles);
+      run<kFirstGemm, kFirstGemm>(p);
+      run<kSecondGemm, kSecondGemm>(p);
+    }
+  }
+
+ private:
+  using Format = typename Shared::Format;
+  using Parameters = GroupedGemmParameters<Format>;
+
+  // All tiles of the GEMMs from one to another.
+  template <int kFrom, int kTo>
+  DEVICE void run(const Parameters& p) {
     constexpr int kNarrowTokens = Format::kNarrowTokens;
-    for (Tile next; tile_.gemm() == kGemm; tile_ = next) {
+    constexpr bool kPractises = kFrom != kTo;
+    int practice = kPractises ? kTo - kFrom + 1 : 0;  // tiles, one of each GEMM: epilogues that store nothing
+    if constexpr (kPractises) {
+      hide(practice);
+      tile_ = Tile::of_practice(Format::kFewestTokens, kFrom);
+    }
+    for (Tile next; tile_.gemm() <= kTo; tile_ = next) {
+      const int gemm = kFrom == kTo ? kFrom : tile_.gemm(), k_blocks = p.shape[gemm].k_blocks;
+      const bool practises = kPractises && practice > 0;
       float sums[2][64];
 #pragma unroll
       for (int i = 0; i < 128; ++i) sums[i / 64][i % 64] = 0.f;
       const auto for_stages = [&](auto pairs, const auto& multiply) {
+        if (practises) return;
         if constexpr (decltype(pairs)::value)
-          for_pairs(shape.k_blocks, multiply);
+          for_pairs(k_blocks, multiply);
         else
-          for_blocks(shape.k_blocks, multiply);
+          for_blocks(k_blocks, multiply);
         next = reader_.next(shared_.tiles);  // asked for before the epilogue of the one before
         hide(wg_.thread);                    // the epilogue's addresses are not for the loop to carry
       };
@@ -91,41 +118,49 @@ class Multiplier {
           float tail[2][16] = {};
           if (tail_tokens > 0)
             for_stages(std::false_type(), [&](const auto& stage, const NarrowRows& rows, const auto& release) {
-              Format::template multiply_narrow<kMostTailRows>(stage, rows, wg_, tail, [] {}, kBlockM);
-              Format::multiply_wide(stage, wg_, sums, release);
+              Format::multiply_tailed(stage, rows, wg_, sums, tail, release);
             });
-          else
+          else if constexpr (Format::kWide)
             for_stages(std::false_type(), [&](const auto& stage, const NarrowRows&, const auto& release) {
               Format::multiply_wide(stage, wg_, sums, release);
             });
           if (tail_tokens > 0) {
-            wg_.tokens = tail_tokens;
+            wg_.tokens = wg_.stored = tail_tokens;
             wg_.row0 = tile_.row0 + kBlockM;
-            finish<false, 32>(epilogue, tail);
+            finish<false, 32>(p, gemm, tail);
           }
-          wg_.tokens = min(tile_.rows() - wg_.index * kWarpgroupRows, kWarpgroupRows);
-          wg_.row0 = tile_.row0 + wg_.index * kWarpgroupRows;
-          wg_.sync();  // a narrow epilogue's staged rows have been read, by all warps; here each stages on its own
-          finish<true, 0>(epilogue, sums);
-          if (kGemm == kFirstGemm) mbarrier_arrive(smem_address(&shared_.h_stored));
-          continue;
+          if constexpr (Format::kWide) {
+            wg_.tokens = min(tile_.rows() - wg_.index * kWarpgroupRows, kWarpgroupRows);
+            wg_.row0 = tile_.row0 + wg_.index * kWarpgroupRows;
+            wg_.sync();  // a narrow epilogue's staged rows have been read, by all warps; here each stages on its own
+            finish<true, 0>(p, gemm, sums);
+            if (gemm == kFirstGemm) mbarrier_arrive(smem_address(&shared_.h_stored));
+            continue;
+          }
         }
       }
-      with_tokens<kNarrowTokens, Format::kFewestTokens>(tile_.rows(), [&](auto tokens) {
-        for_stages(std::bool_constant<Format::kPairs>(),
-                   [&](const auto& stage, const NarrowRows& rows, const auto& release) {
-                     Format::template multiply_narrow<decltype(tokens)::value>(stage, rows, wg_, sums, release);
-                   });
-      });
-      wg_.tokens = tile_.rows();
+      if (Format::kWide || tile_.rows() <= kNarrowTokens)
+        with_tokens<kNarrowTokens, Format::kFewestTokens>(tile_.rows(), [&](auto tokens) {
+          for_stages(std::bool_constant<Format::kPairs>(),
+                     [&](const auto& stage, const NarrowRows& rows, const auto& release) {
+                       Format::template multiply_narrow<decltype(tokens)::value>(stage, rows, wg_, sums, release);
+                     });
+        });
+      wg_.tokens = min(tile_.rows(), kNarrowTokens);
+      wg_.stored = practises ? 0 : wg_.tokens;
       wg_.row0 = tile_.row0;
-      finish<false, kNarrowTokens>(epilogue, sums);
-      if (kGemm == kFirstGemm) mbarrier_arrive(smem_address(&shared_.h_stored));
+      finish<false, kNarrowTokens>(p, gemm, sums);
+      if (gemm == kFirstGemm && !practises) mbarrier_arrive(smem_address(&shared_.h_stored));
+      if (practises) {
+        if (--practice > 0) {
+          next = Tile::of_practice(Format::kFewestTokens, gemm + 1);
+        } else {
+          wait_for_previous_kernel();
+          next = reader_.next(shared_.tiles);
+        }
+      }
     }
   }
-
- private:
-  using Format = typename Shared::Format;
 
   // Calls multiply(stage, this warpgroup's rows, what gives the stage back) for the K blocks of a tile. NOTE: every
   // lane gives it back: racecheck trusts no other for a warp.
@@ -166,6 +201,13 @@ class Multiplier {
   }
 
   template <bool kWide, int kMaxTokens, int kSums>
+  DEVICE void finish(const Parameters& p, int gemm, float (&sums)[2][kSums]) const {
+    if (gemm == kFirstGemm)
+      finish<kWide, kMaxTokens>(p.activation, sums);
+    else
+      finish<kWide, kMaxTokens>(p.bf16, sums);
+  }
+  template <bool kWide, int kMaxTokens, int kSums>
   DEVICE void finish(const ActivationEpilogueOf<Format::kMx>& epilogue, float (&sums)[2][kSums]) const {
     if constexpr (kWide)
       WideActivation{epilogue, wg_}.run(sums, tile_);
@@ -200,8 +242,8 @@ DEVICE void run_grouped_gemms(const GroupedGemmParameters<Format>& p) {
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
-  wait_for_previous_kernel();  // NOTE: before the next one may start, which reads what the route wrote
   if (warpgroup == kMathWarpgroups) {
+    wait_for_previous_kernel();  // NOTE: before the next one may start, which reads what the route wrote
     reduce_registers<56>();
     if (thread == 0) {
       let_next_kernel_start();
@@ -220,8 +262,7 @@ DEVICE void run_grouped_gemms(const GroupedGemmParameters<Format>& p) {
   } else {
     raise_registers<224>();
     Multiplier<Shared> multiplier(shared, warpgroup, thread);
-    multiplier.template run<kFirstGemm>(p.shape[0], p.activation);
-    multiplier.template run<kSecondGemm>(p.shape[1], p.bf16);
+    multiplier.run(p);
   }
 }
 

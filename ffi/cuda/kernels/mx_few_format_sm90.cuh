@@ -15,7 +15,7 @@ struct MxScales {
 template <bool kInPairs>
 struct MxFewFormatOf {
   using Scales = MxScales;
-  static constexpr bool kMx = true, kPairs = kInPairs;
+  static constexpr bool kMx = true, kPairs = kInPairs, kOneLoop = true, kWide = false;
   static constexpr int kStages = 5, kInFlight = 4;
   static constexpr int kMaxTokens = kFewRows, kNarrowTokens = kMaxTokens, kTokenPlanes = 1, kFewestTokens = 8;
   struct alignas(16) Factors {
@@ -31,7 +31,8 @@ struct MxFewFormatOf {
   class Feed {
    public:
     DEVICE Feed(const MxScales& scales, const GemmShape& shape, int thread)
-        : tokens_(scales.tokens, thread), weights_(scales.weights, shape, thread) {}
+        : tokens_(scales.tokens, (thread + kThreads - kWordThreads) % kThreads),
+          weights_(scales.weights, shape, thread) {}
     template <class Source>
     DEVICE void look(const Tile& tile, const Source& source) {
       tokens_.look(tile, source);
@@ -54,8 +55,9 @@ struct MxFewFormatOf {
     }
 
    private:
+    static constexpr int kWordThreads = MxWeightWords<kMostWords>::kThreads;  // the others begin with tokens
     TokenScaleReader<kMaxTokens, kThreads> tokens_;
-    MxWeightWords<kThreads, kMostWords> weights_;
+    MxWeightWords<kMostWords> weights_;
   };
 
   // sums += this warpgroup's 64 rows of each half times kTokens tokens: all wgmmas of a stage together.

@@ -11,18 +11,17 @@ namespace jax_moe::cuda {
 // As DeepSeekFormatOf.
 struct MxFormat {
   using Scales = MxWeightScales;
-  static constexpr bool kMx = true, kPairs = false;
+  static constexpr bool kMx = true, kPairs = false, kOneLoop = false, kWide = false;
   static constexpr int kStages = 3, kInFlight = 2;
-  static constexpr int kMaxTokens = kBlockM, kNarrowTokens = kMaxTokens, kTokenPlanes = 2, kFewestTokens = 16;
-  struct alignas(16) Factors {
-    uint2 weight_factors[2 * kHalfRows];  // made of words of four scales: four factors of fold()
-  };
+  static constexpr int kMaxTokens = kBlockM + kMostTailRows, kNarrowTokens = kBlockM, kTokenPlanes = 2;
+  static constexpr int kFewestTokens = 16;
+  struct Factors {};
   static constexpr int kMostWords = 2;  // there is no room for more
   using Landing = MxLanding<kMostWords>;
   using Stage = StageOf<StageOperands<kMaxTokens, kTokenPlanes>, Factors, Landing>;
   static_assert(kStages <= kMostWords + 1, "no word is overwritten that may still be read");
 
-  // As DeepSeekFormat's; when words have landed, it makes factors of them.
+  // As DeepSeekFormat's.
   template <int kThreads>
   class Feed {
    public:
@@ -31,30 +30,24 @@ struct MxFormat {
     DEVICE void look(const Tile&, const Source&) {}
     DEVICE void begin(const Tile& tile) { weights_.begin(tile); }
     DEVICE void ask(const Stage& stage, int) { weights_.ask(stage.landing, stage.block); }
-    DEVICE void finish(const Stage& stage) const {
-      weights_.for_each([&](int row) {
-        const uint32_t word = words_of(stage).of_row(row);
-        uint32_t factor[kMxScales];
-#pragma unroll
-        for (int s = 0; s < kMxScales; ++s) factor[s] = (min(word >> 8 * s & 255, kMostNearByte) + 120) << 7;
-        stage.factors.weight_factors[row] = make_uint2(factor[0] | factor[1] << 16, factor[2] | factor[3] << 16);
-      });
-    }
+    DEVICE void finish(const Stage&) const {}
 
    private:
-    MxWeightWords<kThreads, kMostWords> weights_;
+    MxWeightWords<kMostWords> weights_;
   };
 
   // sums += this warpgroup's 64 rows of each half times kTokens tokens.
   template <int kTokens, class Release>
-  static DEVICE void multiply_narrow(const Stage& stage, const NarrowRows& narrow, const WarpgroupContext& wg,
+  static DEVICE void multiply_narrow(const Stage& stage, const NarrowRows& rows, const WarpgroupContext& wg,
                                      float (&sums)[2][64], const Release& release) {
-    const Rows rows(stage, narrow, wg);
-    if (__builtin_expect(words_of(stage).template any_above<kMostNearByte>(wg), 0))
-      multiply<kTokens, true>(rows, sums);
-    else
-      multiply<kTokens, false>(rows, sums);
-    release();
+    float none[2][1];
+    multiply<kTokens, false>(stage, rows, wg, sums, none, release);
+  }
+  // The same of kBlockM tokens, tail += those times the kMostTailRows behind them.
+  template <int kSums, class Release>
+  static DEVICE void multiply_tailed(const Stage& stage, const NarrowRows& rows, const WarpgroupContext& wg,
+                                     float (&sums)[2][64], float (&tail)[2][kSums], const Release& release) {
+    multiply<kBlockM, true>(stage, rows, wg, sums, tail, release);
   }
 
  private:
@@ -62,22 +55,30 @@ struct MxFormat {
 
   // The weight rows of a warp: 16 of each half.
   struct Rows {
-    uint64_t tokens;        // beside which they are multiplied
-    uint32_t codes, piece;  // this lane's row of 128 bytes, and where in it its first 16 are
-    MxWordsOfBlock<Landing::kStride> words;
-    int row;              // this thread's first
-    uint2 factors[2][2];  // of a half and this thread's rows fragment_row() and + 8
+    uint64_t tokens;         // beside which they are multiplied
+    uint32_t codes, piece;   // this lane's row of 128 bytes, and where in it its first 16 are
+    uint32_t words[2][2];    // of scales: of a half and this thread's rows fragment_row() and + 8
+    uint32_t factors[2][2];  // made of them: bytes, the exponents of fold()'s
 
     DEVICE Rows(const Stage& stage, const NarrowRows& narrow, const WarpgroupContext& wg)
         : tokens(wgmma_descriptor(smem_address(stage.operands.tokens))),
           codes(narrow.address + (wg.warp() * 16 + wg.lane() % 16) * kBlockK),
-          piece((wg.lane() / 16 ^ wg.lane() % 8) << 4),
-          words(words_of(stage)),
-          row(wg.index * kWarpgroupRows + wg.fragment_row()) {
-      const uint2* first = &stage.factors.weight_factors[wg.index * kWarpgroupRows + wg.fragment_row()];
+          piece((wg.lane() / 16 ^ wg.lane() % 8) << 4) {
+      const auto of_block = words_of(stage);
+      const int row = wg.index * kWarpgroupRows + wg.fragment_row();
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        factors[i / 2][i % 2] = load_shared_v2(smem_address(first + i / 2 * kHalfRows + i % 2 * 8));
+      for (int i = 0; i < 4; ++i) words[i / 2][i % 2] = of_block.of_row(row + i / 2 * kHalfRows + i % 2 * 8);
+    }
+    template <bool kFar>
+    DEVICE void make_factors() {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t word = words[i / 2][i % 2];
+        uint32_t near = kFar ? 0 : word;
+#pragma unroll
+        for (int s = 0; kFar && s < kMxScales; ++s) near |= min(word >> 8 * s & 255, kMostNearByte) << 8 * s;
+        factors[i / 2][i % 2] = near + 120 * 0x01010101;
+      }
     }
     // Steps `step` (even) and `step` + 1, of 16 of K each, of a half: of each of this thread's rows four neighbours in
     // either step, in the order of fold().
@@ -91,8 +92,8 @@ struct MxFormat {
       const int s = step / 2;
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        const uint2 of_row = factors[half][v];
-        const uint32_t factor = permute_bytes(s < 2 ? of_row.x : of_row.y, s % 2 == 0 ? 0x1010 : 0x3232);
+        // Two of it, each byte where bf16 has its exponent.
+        const uint32_t factor = permute_bytes(factors[half][v], s << 12 | 4 << 8 | s << 4 | 4) >> 1;
         const uint32_t four = loaded[step % 2 * 2 + v];
         values[v] = multiply_bf16x2(widen(four, 0x9180), factor);
         values[v + 2] = multiply_bf16x2(widen(four, 0xB3A2), factor);
@@ -106,11 +107,13 @@ struct MxFormat {
         if (step % 2 == 0) values[v] = nan ? 0x7FC07FC0 : values[v];
       }
     }
-    // d += a step of a half's rows times the tokens, once it is there.
-    template <int kTokens>
-    DEVICE void start(float* d, const uint32_t (&values)[4], int step) const {
+    // d += a step of a half's rows times the tokens, once it is there; `tail` likewise.
+    template <int kTokens, bool kTail>
+    DEVICE void start(float* d, float* tail, const uint32_t (&values)[4], int step) const {
+      const uint64_t at = tokens + step % 4 * 2 + step / 4 * (kMaxTokens * kBlockK / 16);
       wgmma_fence();
-      wgmma_m64k16_bf16<kTokens>(d, values, tokens + step % 4 * 2 + step / 4 * (kMaxTokens * kBlockK / 16));
+      wgmma_m64k16_bf16<kTokens>(d, values, at);
+      if constexpr (kTail) wgmma_m64k16_bf16<kMostTailRows>(tail, values, at + kBlockM * kBlockK / 16);
       wgmma_commit();
     }
 
@@ -121,7 +124,7 @@ struct MxFormat {
     static DEVICE uint32_t nan_bits(uint32_t four) { return (four & 0x7F7F7F7F) + 0x01010101; }
     // What the factor leaves of a scale, 1 or more or NaN, as a pair.
     DEVICE uint32_t rest_of_scale(int s, int half, int v) const {
-      const uint32_t byte = words.of_row(row + half * kHalfRows + v * 8) >> 8 * s & 255;
+      const uint32_t byte = words[half][v] >> 8 * s & 255;
       const uint32_t rest = byte == kMxScaleNan ? 0x7FC0 : (max(byte, kMostNearByte) - kMostNearByte + 127) << 7;
       return rest * 0x00010001;
     }
@@ -130,8 +133,9 @@ struct MxFormat {
   // Halves take turns. While one step is multiplied, the next becomes bf16, and the codes of the one after are on their
   // way: what stands between two wgmmas takes the time of the first, which holds its warp as long as it reads
   // registers.
-  template <int kTokens, bool kFar>
-  static DEVICE void multiply(const Rows& rows, float (&sums)[2][64]) {
+  template <int kTokens, bool kTail, bool kFar, int kSums>
+  static DEVICE void multiply(Rows& rows, float (&sums)[2][64], float (&tail)[2][kSums]) {
+    rows.template make_factors<kFar>();
     uint32_t codes[2][4], values[3][4];
     rows.load(codes[0], 0, 0);
 #pragma unroll
@@ -141,9 +145,19 @@ struct MxFormat {
       if (i % 4 == 3 && step + 1 < 2 * kMxScales) rows.load(codes[0], step + 1, 0);
       rows.template fold<kFar>(values[i % 3], codes[half], step, half);
       wgmma_wait<1>();  // of three fragments two may be in use
-      rows.template start<kTokens>(sums[half], values[i % 3], step);
+      rows.template start<kTokens, kTail>(sums[half], tail[half], values[i % 3], step);
     }
     wgmma_wait();
+  }
+  template <int kTokens, bool kTail, int kSums, class Release>
+  static DEVICE void multiply(const Stage& stage, const NarrowRows& narrow, const WarpgroupContext& wg,
+                              float (&sums)[2][64], float (&tail)[2][kSums], const Release& release) {
+    Rows rows(stage, narrow, wg);
+    if (__builtin_expect(words_of(stage).template any_above<kMostNearByte>(wg), 0))
+      multiply<kTokens, kTail, true>(rows, sums, tail);
+    else
+      multiply<kTokens, kTail, false>(rows, sums, tail);
+    release();
   }
 };
 

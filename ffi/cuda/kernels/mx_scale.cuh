@@ -13,15 +13,24 @@ DEVICE uint32_t mx_scale_bits(uint32_t byte) { return byte << 23 | ((byte + 1) %
 // Scale s of a word.
 DEVICE float mx_scale(uint32_t word, int s) { return __uint_as_float(mx_scale_bits(word >> 8 * s & 255)); }
 
-// Asks for 1, 2 or 4 neighbouring words by one request; kMost: it is never for more.
-template <int kMost = 4>
-DEVICE void cp_async_words(uint32_t smem, const void* global, int words) {
-  if (kMost >= 4 && words == 4)
+// Asks for 1, 2 or 4 neighbouring words by one request.
+template <int kWords>
+DEVICE void cp_async_words(uint32_t smem, const void* global) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4, "as cp.async has them");
+  if constexpr (kWords == 4)
     cp_async_16(smem, global);
-  else if (words == 2)
+  else if constexpr (kWords == 2)
     cp_async_8(smem, global);
   else
     cp_async_4(smem, global);
+}
+DEVICE void cp_async_words(uint32_t smem, const void* global, int words) {
+  if (words == 4)
+    cp_async_words<4>(smem, global);
+  else if (words == 2)
+    cp_async_words<2>(smem, global);
+  else
+    cp_async_words<1>(smem, global);
 }
 
 // Whether a scale of a word is above a byte: 0, or not.

@@ -7,37 +7,28 @@
 
 namespace jax_moe::cuda {
 
-// How the scales of weights, [L * rows, K/32] or one for 32 rows, lie in memory.
-enum class MxScaleOrder {
-  kRows,         // as the rows
-  kGrid,         // 32x32, as the rows, which may be shuffled in groups of 32
-  kGridByTurns,  // 32x32, up then gate rows, where up and gate rows of the weights take turns
-  kInterleaved   // of shuffled rows, 128x4: words of row r and block k at [r / 128][k][r % 32][r % 128 / 32]
-};
+// Where the scales of weights, [L * rows, K/32] or one for 32 rows, lie in memory: how many words from those of a row
+// and 128 of K to others. NOTE: numbers, not the name of an order: to find the words of a tile is a few instructions
+// then, for which nobody waits. 2^32 words are the scales of 512 GiB of weights.
 struct MxWeightScales {
   const uint32_t* words;
-  MxScaleOrder order;
-  int words_per_request;  // of as many K blocks: divides those of every tile; 1 unless they are neighbours
-  bool zipped;            // as the weights come: of every 16 rows the even ones, then the odd ones
+  uint32_t to_expert, to_128_rows, to_k_block;  // the next
+  uint32_t to_row[7];                           // of 128: the one 1, 2, 4, ..., 64 rows on
+  int words_per_request;                        // of as many K blocks: divides those of every tile; 1 unless neighbours
+  bool zipped;  // as the weights come: of every 16 rows the even ones, then the odd ones
 
-  // The word of a row of an expert's weights and the first 128 of K, and how far the next one is. NOTE: 2^32 words are
-  // the scales of 512 GiB of weights.
-  DEVICE uint32_t first(const GemmShape& shape, int expert, int row) const {
-    const uint32_t rows = shape.rows_per_expert, k_blocks = shape.k_blocks, base = uint32_t(expert) * rows, r = row;
-    switch (order) {
-      case MxScaleOrder::kGrid:
-        return (base + r) / 32 * k_blocks;
-      case MxScaleOrder::kGridByTurns:  // of 32 rows 16 are up rows, and those in the first of every two eights
-        return (base / 32 + r / 64 + r / 8 % 2 * (rows / 64)) * k_blocks;
-      case MxScaleOrder::kInterleaved:
-        return (base + r) / 128 * k_blocks * 128 + r % 32 * 4 + r % 128 / 32;
-      default:
-        return (base + r) * k_blocks;
-    }
+  // Of the 128 rows of an expert that begin at `row`, the word of the first and of the first 128 of K.
+  DEVICE uint32_t of_rows(int expert, int row) const {
+    return uint32_t(expert) * to_expert + uint32_t(row / 128) * to_128_rows;
   }
-  // The row of a half that lands as its row r.
-  DEVICE int row_of(int r) const { return zipped ? r / 16 * 16 + r % 8 * 2 + r / 8 % 2 : r; }
-  DEVICE uint32_t step() const { return order == MxScaleOrder::kInterleaved ? 128 : 1; }
+  // From there on, that of the row that lands as row r.
+  DEVICE uint32_t in_rows(int r) const {
+    const int row = zipped ? r / 16 * 16 + r % 8 * 2 + r / 8 % 2 : r;
+    uint32_t sum = 0;
+#pragma unroll
+    for (int bit = 0; bit < 7; ++bit) sum += (row >> bit & 1) * to_row[bit];
+    return sum;
+  }
 };
 
 // Where requests for up to kMostWords K blocks at a time land. K blocks are numbered on from tile to tile: the word of
@@ -54,50 +45,52 @@ struct alignas(16) MxLanding {
   }
 };
 
-// Of one of kThreads producer threads: the rows of a tile that it asks for.
-template <int kThreads, int kMostWords>
+// What one of the first kThreads producer threads asks for: of either half of a tile its row and the one 64 rows on.
+template <int kMostWords>
 class MxWeightWords {
  public:
+  static constexpr int kThreads = kHalfRows / 2;
+
   DEVICE MxWeightWords(const MxWeightScales& scales, const GemmShape& shape, int thread)
-      : scales_(scales), shape_(shape), thread_(thread) {}
+      : scales_(scales), shape_(shape), thread_(thread), in_half_(scales.in_rows(thread % kThreads)) {}
 
   DEVICE void begin(const Tile& tile) {
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      int row = min(thread_ + i * kThreads, kCount - 1);
-      hide(row);  // what follows from it is not for the loop over tiles to carry
-      at_[i] =
-          scales_.first(shape_, tile.expert(), b_row(shape_, tile, row / kHalfRows) + scales_.row_of(row % kHalfRows));
-    }
+    for (int half = 0; half < 2; ++half)
+      at_[half] = scales_.of_rows(tile.expert(), b_row(shape_, tile, half)) + in_half_;
   }
   // The words of that K block, the next; with those of some after it, if they have not come with one before.
   DEVICE void ask(const MxLanding<kMostWords>& landing, uint32_t block) {
     const uint32_t count = scales_.words_per_request;
-    if (block % count != 0) return;
+    if (thread_ >= kThreads || block % count != 0) return;
     const uint32_t to = landing.of_block(block);
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      const int row = thread_ + i * kThreads;
-      if (row < kCount)
-        cp_async_words<kMostWords>(to + row * MxLanding<kMostWords>::kStride, scales_.words + at_[i], count);
-      at_[i] += scales_.step() * count;
-    }
-  }
-  // Calls use(row) for those that this thread asks for.
-  template <class Use>
-  DEVICE void for_each(const Use& use) const {
-#pragma unroll
-    for (int i = 0; i < kMine; ++i)
-      if (const int row = thread_ + i * kThreads; row < kCount) use(row);
+    if (kMostWords >= 4 && count == 4)
+      request<4>(to);
+    else if (count == 2)
+      request<2>(to);
+    else
+      request<1>(to);
   }
 
  private:
-  static constexpr int kCount = 2 * kHalfRows, kMine = (kCount + kThreads - 1) / kThreads;
+  static constexpr int kStride = MxLanding<kMostWords>::kStride;
+
+  template <int kWords>
+  DEVICE void request(uint32_t to) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t* from = scales_.words + at_[half];
+      const uint32_t row = to + (half * kHalfRows + thread_) * kStride;
+      cp_async_words<kWords>(row, from);
+      cp_async_words<kWords>(row + kThreads * kStride, from + scales_.to_row[6]);
+      at_[half] += scales_.to_k_block * kWords;
+    }
+  }
 
   const MxWeightScales& scales_;
   const GemmShape& shape_;
   int thread_;
-  uint32_t at_[kMine];
+  uint32_t in_half_, at_[2];
 };
 
 // The words of a K block.

@@ -14,6 +14,7 @@ struct WarpgroupContext {
   int index;          // of the math warpgroup
   int thread;         // 0..127
   int tokens;         // of a narrow tile; of a wide one those of this warpgroup
+  int stored;         // of those, whose results are: all, or none
   int row0;           // permuted row of the first of them
   uint32_t staging;   // its shared memory; those of the warpgroups are neighbours
   int staging_bytes;  // of one
