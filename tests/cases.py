@@ -285,7 +285,7 @@ def _mx_cases() -> list[Case]:
         cases.append(Case(f"mx_pair_{name}", **MX | common | changes))
     for name in MX_EXTREMES:
         option = MX_OPTIONS["mx_bf16" if name.endswith("_bf16") else "mx_lora"] | {"extreme": name}
-        # Rows of three of eight experts: few, many, and of most experts as a tile takes beside 128.
+        # Few rows an expert, many, and in most experts a few more than a whole tile.
         sizes = {"": 33} if name in BEYOND_BF16 else {"": 33, "_many": 77, "_tails": 363}
         cases += [Case(f"extreme_{name}{many}", tokens, 256, 256, 8, 3, **option) for many, tokens in sizes.items()]
     return cases
@@ -300,7 +300,8 @@ def _large_cases() -> list[Case]:
     cases.append(_layer("qwen3_30b", 4096, name="qwen3_30b_one_expert", routing="one_expert"))
     cases += [
         *(_layer("qwen3_30b", tokens) for tokens in (1, 8, 200, 5000)),
-        *(_layer("qwen3_235b", 32, name="qwen3_235b_bf16", **bf16), _layer("qwen3_235b", 2048)),
+        _layer("qwen3_235b", 32, name="qwen3_235b_bf16", **bf16),
+        _layer("qwen3_235b", 2048),
         Case("past_2_31_hidden", 40000, 7168, 256, 16, 8, size="large"),
         Case("past_2_31_hidden_bf16_unfinalized", 40000, 7168, 256, 16, 8, do_finalize=False, size="large", **bf16),
         Case("past_2_31_inter", 140000, 256, 2048, 16, 8, size="large"),

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 #include <numeric>
 #include <set>
@@ -110,15 +111,20 @@ MxWeightScales DescribeScales(const Call& c, const Buffer& scale, const GemmShap
                               int k_blocks, int most_words) {
   const unsigned of_row = unsigned(shape.k_blocks), scale_rows = unsigned(c.p.weights_scale_rows);
   const unsigned rows = unsigned(shape.rows_per_expert) / scale_rows;
-  const bool interleaved = scale_rows == 1 && c.p.use_shuffled_weight != 0;
-  MxWeightScales s{static_cast<const uint32_t*>(scale.data), rows * of_row, 128 / scale_rows * of_row, 1, {}};
-  for (unsigned bit = 0; bit < 7; ++bit) s.to_row[bit] = (1u << bit) / scale_rows * of_row;
-  if (interleaved) {  // 128x4: the words of row r and K block k are at [r / 128][k][r % 32][r % 128 / 32]
-    s.to_k_block = 128;
-    for (unsigned bit = 0; bit < 7; ++bit) s.to_row[bit] = bit < 5 ? 4u << bit : 1u << (bit - 5);
-  } else if (scale_rows > 1 && by_turns) {  // of 32 rows 16 are up rows, and those in the first of every two eights
-    s.to_128_rows = 2 * of_row;
-    for (unsigned bit = 0; bit < 7; ++bit) s.to_row[bit] = bit == 3 ? rows / 2 * of_row : bit == 6 ? of_row : 0;
+  const bool interleaved = scale_rows == 1 && c.p.use_shuffled_weight != 0, grid_by_turns = scale_rows > 1 && by_turns;
+  MxWeightScales s{};
+  s.words = static_cast<const uint32_t*>(scale.data);
+  s.to_expert = rows * of_row;
+  s.to_128_rows = (grid_by_turns ? 2 : 128 / scale_rows) * of_row;
+  s.to_k_block = interleaved ? 128 : 1;
+  for (unsigned bit = 0; bit < std::size(s.to_row); ++bit) {
+    const unsigned row = 1u << bit;
+    if (interleaved)  // 128x4: the words of row r and K block k are at [r / 128][k][r % 32][r % 128 / 32]
+      s.to_row[bit] = row < 32 ? 4 * row : row / 32;
+    else if (grid_by_turns)  // of 32 rows 16 are up rows, and those in the first of every two eights
+      s.to_row[bit] = (row == 8 ? rows / 2 : row / 64) * of_row;
+    else
+      s.to_row[bit] = row / scale_rows * of_row;
   }
   s.words_per_request = interleaved ? 1 : std::gcd(k_blocks, most_words);
   s.zipped = zipped;

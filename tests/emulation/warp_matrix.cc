@@ -61,6 +61,7 @@ uint32_t permute_bytes(uint32_t bytes, uint32_t which) {
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
     const uint32_t name = which >> 4 * i & 15;
+    if (name > 11) fail("permute_bytes: byte %d has no sign", int(name % 8));
     const uint32_t byte = uint64_t(bytes) >> name % 8 * 8 & 255;
     result |= (name < 8 ? byte : byte & 0x80 ? 255u : 0u) << 8 * i;
   }

@@ -45,8 +45,8 @@ struct Identity {
   DEVICE float operator()(float x) const { return x; }
 };
 
-// What the caller asked for; NOTE: read past L1, where what comes before a wait for the previous kernel might stay.
-// The arrays have one float32 a local expert, or are null.
+// What the caller asked for; the arrays have one float32 a local expert, or are null. NOTE: read past L1: an epilogue
+// that is practised reads them before the kernel that wrote them may have ended, and L1 would keep what it found.
 struct ActivationChoice {
   ActivationType type;
   const float* alpha;

@@ -1,5 +1,5 @@
 // Persistent warp-specialised grouped FP8 GEMMs, tokens A times weights B[expert]: GEMM1 with its activation, then
-// GEMM2, in one kernel. Tile 256 weight rows x up to 128 tokens, or up to 32 with more stages; two math warpgroups,
+// GEMM2, in one kernel. Tile 256 weight rows x up to 144 tokens, or up to 32 with more stages; two math warpgroups,
 // one producer warpgroup. Many tokens make a wide tile, few a narrow one (warpgroup.cuh). What scales there are is a
 // Format's to say: what a stage is, which scales producer threads put there (Feed), how a math thread multiplies it.
 #pragma once

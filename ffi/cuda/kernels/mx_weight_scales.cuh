@@ -17,7 +17,8 @@ struct MxWeightScales {
   int words_per_request;                        // of as many K blocks: divides those of every tile; 1 unless neighbours
   bool zipped;  // as the weights come: of every 16 rows the even ones, then the odd ones
 
-  // Of the 128 rows of an expert that begin at `row`, the word of the first and of the first 128 of K.
+  // Of the 128 rows of an expert that begin at `row`, a multiple of 128, the word of the first and of the first 128 of
+  // K.
   DEVICE uint32_t of_rows(int expert, int row) const {
     return uint32_t(expert) * to_expert + uint32_t(row / 128) * to_128_rows;
   }

@@ -251,8 +251,8 @@ DEVICE void e4m3x4_to_f16x4(uint32_t codes, uint32_t& lo, uint32_t& hi) {
       : "=r"(lo), "=r"(hi)
       : "r"(codes));
 }
-// Byte i of the result is the byte that bits 4 i to 4 i + 2 of `which` name, 4 to 7 a zero, or with bit 4 i + 3 its
-// sign, eight times.
+// Byte i of the result is the byte that bits 4 i to 4 i + 2 of `which` name, 4 to 7 a zero, or with bit 4 i + 3 the
+// sign of one of the four, eight times.
 DEVICE uint32_t permute_bytes(uint32_t bytes, uint32_t which) {
   uint32_t r;
   asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(bytes), "r"(which));
