@@ -9,10 +9,10 @@
 namespace jax_moe {
 
 // Blocks of kBlockM or kFewRows rows of one expert, the unit of the GEMM schedules, the last one of an expert with
-// fewer, or where the kernels can with up to kMostTailRows more: that little costs less there than a block of its own.
-// Blocks are numbered in row order; groups of up to kBlocksPerGroup neighbours of one expert walk the weight columns
-// together, so that a weight tile is read from memory once.
-inline constexpr int kBlockM = 128, kMostTailRows = 16;
+// fewer. Where the kernels can, up to kMostTails of them have up to kMostTailRows more, if none is left then: that
+// costs less than a block of so few. Blocks are numbered in row order; groups of up to kBlocksPerGroup neighbours of
+// one expert walk the weight columns together, so that a weight tile is read from memory once.
+inline constexpr int kBlockM = 128, kMostTailRows = 16, kMostTails = 4;
 inline constexpr int kFewRows = 32;  // of a block where experts have few rows
 inline constexpr int kBlocksPerGroup = 16;
 struct alignas(16) MBlock {

@@ -141,7 +141,7 @@ def _small_cases() -> list[Case]:
         Case("blocks_t700", 700, 128, 128, 3, 3, weights="signed"),
     ]
     # Every width of a tile of the grouped kernels, and both sides of each.
-    rows = (16, 17, 32, 33, 48, 49, 64, 65, 128, 129, 144, 145, 160, 272, 273)
+    rows = (16, 17, 32, 33, 48, 49, 64, 65, 128, 129, 144, 145, 160, 272, 273, 288, 289, 433, 576, 577)
     cases += [Case(f"rows_{n}", n, 256, 256, 2, 1, routing="one_expert", do_finalize=n % 2 == 0) for n in rows]
     cases.append(Case("zipf_t200", 200, 256, 384, 16, 2, routing="zipf"))  # experts of many rows and of few
     bf16 = {"x_dtype": "bfloat16", "routing": "one_expert"}
@@ -264,7 +264,7 @@ def _mx_cases() -> list[Case]:
     cases += [Case(f"mx_h{h}_i{i}", 33, h, i, 4, **MX) for h, i in shapes]
     cases += [Case(name, 53, 256, 256, 8, 3, **option) for name, option in MX_OPTIONS.items()]
     cases += [Case(f"{name}_h3200", 33, 3200, 384, 4, **MX_OPTIONS[name]) for name in ("mx", "mx_bf16", "mx_shuffled")]
-    rows = (17, 33, 49, 65, 97, 128, 129, 144, 145, 272, 273)
+    rows = (17, 33, 49, 65, 97, 128, 129, 144, 145, 272, 273, 288, 289, 433, 576, 577)
     cases += [Case(f"mx_rows_{n}", n, 256, 256, 2, 1, routing="one_expert", **MX) for n in rows]
     for name in ("mx_relu2", "mx_lora", "mx_shuffled", "mx_shuffled_grid", "mx_bf16"):
         cases += [Case(f"{name}_t{tokens}", tokens, 384, 128, **MX_OPTIONS[name]) for tokens in (0, 1, 257)]

@@ -42,7 +42,7 @@ struct Config {
   int quantize_ctas;        // of the last route kernel, for tokens or E8M0 scales that are not yet what the GEMM reads
   GroupedKernel gemm_kernel;
   bool tokens_are_values;          // MxFp8 by bf16 wgmmas: x and h have their scales folded in
-  int block_rows, most_tail_rows;  // kBlockM or kFewRows; rows that the last block of an expert may have beyond
+  int block_rows, most_tail_rows;  // kBlockM or kFewRows; rows that a few blocks of an expert may have beyond
   int gemm_grid;                   // persistent CTAs
   int gemm1_columns;               // column tiles of a row block
   int l2_bytes;                    // that L2 reads at a time, 128 or 256

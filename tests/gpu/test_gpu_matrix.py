@@ -70,7 +70,10 @@ def test_every_number_of_tokens_around_the_tiles(cuda: Cuda, option: str) -> Non
         assert_matches(case, call.given, call.run(), on_hopper=True)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 2047, 2048, 2049])
+ROWS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 273, 289, 577, 2047, 2048, 2112)
+
+
+@pytest.mark.parametrize("rows", ROWS)
 def test_every_number_of_rows_an_expert(cuda: Cuda, rows: int) -> None:
     """Experts of exactly `rows` rows, an empty one, and one of a single row side by side."""
     ids = np.concatenate([np.full(rows, 0), np.full(rows, 2), [3]])

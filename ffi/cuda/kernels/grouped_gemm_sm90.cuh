@@ -92,14 +92,10 @@ class Multiplier {
   DEVICE void run(const Parameters& p) {
     constexpr int kNarrowTokens = Format::kNarrowTokens;
     constexpr bool kPractises = kFrom != kTo;
-    int practice = kPractises ? kTo - kFrom + 1 : 0;  // tiles, one of each GEMM: epilogues that store nothing
-    if constexpr (kPractises) {
-      hide(practice);
-      tile_ = Tile::of_practice(Format::kFewestTokens, kFrom);
-    }
+    bool practises = kPractises;  // with a tile of each GEMM, whose epilogue stores nothing
+    if constexpr (kPractises) tile_ = Tile::of_practice(Format::kFewestTokens, kFrom);
     for (Tile next; tile_.gemm() <= kTo; tile_ = next) {
       const int gemm = kFrom == kTo ? kFrom : tile_.gemm(), k_blocks = p.shape[gemm].k_blocks;
-      const bool practises = kPractises && practice > 0;
       float sums[2][64];
 #pragma unroll
       for (int i = 0; i < 128; ++i) sums[i / 64][i % 64] = 0.f;
@@ -152,9 +148,10 @@ class Multiplier {
       finish<false, kNarrowTokens>(p, gemm, sums);
       if (gemm == kFirstGemm && !practises) mbarrier_arrive(smem_address(&shared_.h_stored));
       if (practises) {
-        if (--practice > 0) {
+        if (gemm < kTo) {
           next = Tile::of_practice(Format::kFewestTokens, gemm + 1);
         } else {
+          practises = false;
           wait_for_previous_kernel();
           next = reader_.next(shared_.tiles);
         }

@@ -40,14 +40,13 @@ struct MxFormat {
   template <int kTokens, class Release>
   static DEVICE void multiply_narrow(const Stage& stage, const NarrowRows& rows, const WarpgroupContext& wg,
                                      float (&sums)[2][64], const Release& release) {
-    float none[2][1];
-    multiply<kTokens, false>(stage, rows, wg, sums, none, release);
+    multiply<kTokens>(stage, rows, wg, sums, nullptr, release);
   }
   // The same of kBlockM tokens, tail += those times the kMostTailRows behind them.
   template <int kSums, class Release>
   static DEVICE void multiply_tailed(const Stage& stage, const NarrowRows& rows, const WarpgroupContext& wg,
                                      float (&sums)[2][64], float (&tail)[2][kSums], const Release& release) {
-    multiply<kBlockM, true>(stage, rows, wg, sums, tail, release);
+    multiply<kBlockM>(stage, rows, wg, sums, tail, release);
   }
 
  private:
@@ -107,13 +106,14 @@ struct MxFormat {
         if (step % 2 == 0) values[v] = nan ? 0x7FC07FC0 : values[v];
       }
     }
-    // d += a step of a half's rows times the tokens, once it is there; `tail` likewise.
-    template <int kTokens, bool kTail>
-    DEVICE void start(float* d, float* tail, const uint32_t (&values)[4], int step) const {
+    // sums += a step of a half's rows times the tokens, once it is there; `tail` likewise, unless it is nullptr.
+    template <int kTokens, class Tail>
+    DEVICE void start(float (&sums)[2][64], Tail& tail, const uint32_t (&values)[4], int step, int half) const {
       const uint64_t at = tokens + step % 4 * 2 + step / 4 * (kMaxTokens * kBlockK / 16);
       wgmma_fence();
-      wgmma_m64k16_bf16<kTokens>(d, values, at);
-      if constexpr (kTail) wgmma_m64k16_bf16<kMostTailRows>(tail, values, at + kBlockM * kBlockK / 16);
+      wgmma_m64k16_bf16<kTokens>(sums[half], values, at);
+      if constexpr (!std::is_null_pointer_v<Tail>)
+        wgmma_m64k16_bf16<kMostTailRows>(tail[half], values, at + kBlockM * kBlockK / 16);
       wgmma_commit();
     }
 
@@ -133,8 +133,8 @@ struct MxFormat {
   // Halves take turns. While one step is multiplied, the next becomes bf16, and the codes of the one after are on their
   // way: what stands between two wgmmas takes the time of the first, which holds its warp as long as it reads
   // registers.
-  template <int kTokens, bool kTail, bool kFar, int kSums>
-  static DEVICE void multiply(Rows& rows, float (&sums)[2][64], float (&tail)[2][kSums]) {
+  template <int kTokens, bool kFar, class Tail>
+  static DEVICE void multiply(Rows& rows, float (&sums)[2][64], Tail& tail) {
     rows.template make_factors<kFar>();
     uint32_t codes[2][4], values[3][4];
     rows.load(codes[0], 0, 0);
@@ -145,18 +145,18 @@ struct MxFormat {
       if (i % 4 == 3 && step + 1 < 2 * kMxScales) rows.load(codes[0], step + 1, 0);
       rows.template fold<kFar>(values[i % 3], codes[half], step, half);
       wgmma_wait<1>();  // of three fragments two may be in use
-      rows.template start<kTokens, kTail>(sums[half], tail[half], values[i % 3], step);
+      rows.template start<kTokens>(sums, tail, values[i % 3], step, half);
     }
     wgmma_wait();
   }
-  template <int kTokens, bool kTail, int kSums, class Release>
+  template <int kTokens, class Tail, class Release>
   static DEVICE void multiply(const Stage& stage, const NarrowRows& narrow, const WarpgroupContext& wg,
-                              float (&sums)[2][64], float (&tail)[2][kSums], const Release& release) {
+                              float (&sums)[2][64], Tail&& tail, const Release& release) {
     Rows rows(stage, narrow, wg);
     if (__builtin_expect(words_of(stage).template any_above<kMostNearByte>(wg), 0))
-      multiply<kTokens, kTail, true>(rows, sums, tail);
+      multiply<kTokens, true>(rows, sums, tail);
     else
-      multiply<kTokens, kTail, false>(rows, sums, tail);
+      multiply<kTokens, false>(rows, sums, tail);
     release();
   }
 };

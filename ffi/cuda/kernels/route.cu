@@ -88,10 +88,21 @@ DEVICE void sum_chunks(const RouteParameters& p, int num_chunks, const Use& use)
   }
 }
 
-DEVICE int num_blocks_of(const RouteParameters& p, int rows) {
-  const int full = rows / p.block_rows, rest = rows - full * p.block_rows;
-  return full + (rest > (full > 0 ? p.most_tail_rows : 0));
-}
+// The row blocks of an expert: full ones and what is left, a block of its own unless some of the others, the first
+// ones, can take it as their tails.
+struct BlocksOfExpert {
+  const RouteParameters& p;
+  int rows, count, in_tails;  // in_tails: rows that the tails of all have
+
+  DEVICE BlocksOfExpert(const RouteParameters& p, int rows) : p(p), rows(rows) {
+    const int full = rows / p.block_rows, rest = rows - full * p.block_rows;
+    const bool tails = rest <= min(full, kMostTails) * p.most_tail_rows;
+    count = full + !tails;
+    in_tails = tails ? rest : 0;
+  }
+  DEVICE int first_row(int b) const { return b * p.block_rows + min(b * p.most_tail_rows, in_tails); }
+  DEVICE int rows_of(int b) const { return (b + 1 < count ? first_row(b + 1) : rows) - first_row(b); }
+};
 
 // Lists the row blocks of all experts. By one CTA; `counts` holds rows per expert, `warps` kWarps ints.
 DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warps) {
@@ -101,24 +112,24 @@ DEVICE void list_m_blocks(const RouteParameters& p, const int* counts, int* warp
   int rows = 0, blocks = 0, total_rows, total_blocks;
   for (int e = first; e < last; ++e) {
     rows += counts[e];
-    blocks += num_blocks_of(p, counts[e]);
+    blocks += BlocksOfExpert(p, counts[e]).count;
   }
   int row = exclusive_sum(rows, warps, total_rows), block = exclusive_sum(blocks, warps, total_blocks);
   for (int e = first; e < last; ++e) {
-    const int count = counts[e], num_blocks = num_blocks_of(p, count);
-    p.gemm1_left[e] = num_blocks * p.gemm1_columns;
-    for (int b = 0; b < num_blocks; ++b) {
+    const BlocksOfExpert of_expert(p, counts[e]);
+    p.gemm1_left[e] = of_expert.count * p.gemm1_columns;
+    for (int b = 0; b < of_expert.count; ++b) {
       const int group = b / kBlocksPerGroup * kBlocksPerGroup;
       MBlock m;
-      m.row0 = row + b * p.block_rows;
+      m.row0 = row + of_expert.first_row(b);
       m.expert = e;
       m.group_begin = block + group;
-      m.rows = int16_t(b + 1 < num_blocks ? p.block_rows : count - b * p.block_rows);
-      m.group_size = int16_t(min(num_blocks - group, kBlocksPerGroup));
+      m.rows = int16_t(of_expert.rows_of(b));
+      m.group_size = int16_t(min(of_expert.count - group, kBlocksPerGroup));
       p.m_blocks[block + b] = m;
     }
-    row += count;
-    block += num_blocks;
+    row += of_expert.rows;
+    block += of_expert.count;
   }
   if (threadIdx.x == 0) {
     p.gemm1_left[p.slots.local_num_experts] = total_blocks * p.gemm1_columns;

@@ -22,7 +22,7 @@ struct RouteParameters {
   int32_t* gemm1_left;                    // [L + 1]: tiles of GEMM1 (handover.cuh) of each expert and of all,
   int gemm1_columns;                      // of which a row block has so many
   int32_t* num_m_blocks;                  // [1]
-  int block_rows, most_tail_rows;         // of a row block, and that the last may have beyond
+  int block_rows, most_tail_rows;         // of a row block, and that a few may have beyond
   int32_t* drawn_tiles;                   // set to 0
   MBlock* m_blocks;
   uint16_t* expert_weights;  // bf16 [num_expanded], or null; packed only
