@@ -167,6 +167,13 @@ void wait_mbarrier(uint32_t smem, uint32_t parity) {
   b.waits.push_back(this_moment());
 }
 
+bool test_mbarrier(uint32_t smem, uint32_t parity) {
+  if (parity > 1) fail("mbarrier %#x: parity %u", smem, parity);
+  if ((find_mbarrier(smem, "mbarrier_test").phase & 1) == parity) return false;
+  wait_mbarrier(smem, parity);
+  return true;
+}
+
 // ---- warps ----------------------------------------------------------------------------------------------------------
 int lane() { return current->index % 32; }
 int cta_threads() { return num_threads(); }

@@ -160,15 +160,20 @@ class Multiplier {
   }
 
   // Calls multiply(stage, this warpgroup's rows, what gives the stage back) for the K blocks of a tile. NOTE: every
-  // lane gives it back: racecheck trusts no other for a warp.
+  // lane gives it back: racecheck trusts no other for a warp. DeepSeekFp8 gives it back before it adds the last
+  // products, and asks then whether the next is there: in the shadow of the sums. Without a branch, which would break
+  // them up.
   template <class Multiply>
   DEVICE void for_blocks(int k_blocks, const Multiply& multiply) {
+    bool next_is_full = false;
     for (int k = 0; k < k_blocks; ++k, at_.advance()) {
-      shared_.barriers.wait_full(at_);
+      if (!next_is_full) shared_.barriers.wait_full(at_);
       const auto stage = shared_.stage(at_);
       const uint32_t all = smem_address(stage.operands.weights[0]);
-      multiply(stage, NarrowRows{all + wg_.index * kWarpgroupRows * kBlockK, kGroupBytes},
-               [&] { shared_.barriers.release(at_); });
+      multiply(stage, NarrowRows{all + wg_.index * kWarpgroupRows * kBlockK, kGroupBytes}, [&] {
+        shared_.barriers.release(at_);
+        if constexpr (Format::kWide) next_is_full = shared_.barriers.is_full(at_.next());
+      });
     }
   }
   // The same of K blocks that come in pairs: this warpgroup's rows of both are in one of their two stages.

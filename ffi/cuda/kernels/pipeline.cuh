@@ -43,6 +43,10 @@ struct PipelineBarriers {
   DEVICE void wait_full(const Cursor& at) const {
     mbarrier_wait(smem_address(&full[at.stage()]), at.parity());
   }
+  template <class Cursor>
+  DEVICE bool is_full(const Cursor& at) const {
+    return mbarrier_test(smem_address(&full[at.stage()]), at.parity());
+  }
   // The first lap passes at once: a fresh barrier counts as having completed parity 1.
   template <class Cursor>
   DEVICE void wait_empty(const Cursor& at) const {

@@ -45,6 +45,16 @@ DEVICE void mbarrier_wait(uint32_t smem, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+// Whether it has.
+DEVICE bool mbarrier_test(uint32_t smem, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(smem), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 
 // ---- copies
 // ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ namespace emulation {
 void init_mbarrier(uint32_t smem, uint32_t arrivals);
 void arrive_mbarrier(uint32_t smem, uint32_t bytes);
 void wait_mbarrier(uint32_t smem, uint32_t parity);
+bool test_mbarrier(uint32_t smem, uint32_t parity);
 // shared_memory.cc
 uint8_t* dynamic_shared();
 uint32_t shared_address(const void* p);
@@ -62,6 +63,7 @@ DEVICE void mbarrier_fence_init() {}
 DEVICE void mbarrier_arrive(uint32_t smem) { emulation::arrive_mbarrier(smem, 0); }
 DEVICE void mbarrier_arrive_expect(uint32_t smem, uint32_t bytes) { emulation::arrive_mbarrier(smem, bytes); }
 DEVICE void mbarrier_wait(uint32_t smem, uint32_t parity) { emulation::wait_mbarrier(smem, parity); }
+DEVICE bool mbarrier_test(uint32_t smem, uint32_t parity) { return emulation::test_mbarrier(smem, parity); }
 
 DEVICE void prefetch_tensor_map(const CUtensorMap* map) { emulation::check_tensor_map(map); }
 DEVICE void tma_load_2d(uint32_t smem, const CUtensorMap* map, int x, int y, uint32_t barrier) {
