@@ -70,7 +70,7 @@ def test_every_number_of_tokens_around_the_tiles(cuda: Cuda, option: str) -> Non
         assert_matches(case, call.given, call.run(), on_hopper=True)
 
 
-ROWS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 273, 289, 577, 2047, 2048, 2112)
+ROWS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 273, 289, 577, 2047, 2048, 2049, 2112)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -43,6 +43,7 @@ struct PipelineBarriers {
   DEVICE void wait_full(const Cursor& at) const {
     mbarrier_wait(smem_address(&full[at.stage()]), at.parity());
   }
+  // Whether that would return at once.
   template <class Cursor>
   DEVICE bool is_full(const Cursor& at) const {
     return mbarrier_test(smem_address(&full[at.stage()]), at.parity());
