@@ -198,7 +198,8 @@ def test_wide_layers_on_a_whole_gpu(emulator: emulated.Emulator, sizes: tuple[in
 
 
 @pytest.mark.parametrize(
-    "name", ["t53", "t129", "k22", "h640_i896", "routing_zipf_window", "lora_unfinalized", "relu2_t257"]
+    "name",
+    ["t53", "t129", "k22", "h640_i896", "routing_zipf_window", "lora_unfinalized", "relu2_t257", "one_expert_t257"],
 )
 def test_no_order_of_events_changes_a_bit(emulator: emulated.Emulator, name: str) -> None:
     case = cases.CASES[name]

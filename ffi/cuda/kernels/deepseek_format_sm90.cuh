@@ -15,7 +15,7 @@ struct DeepSeekFormatOf {
   using Scales = TokenScales;
   static constexpr bool kMx = false, kPairs = kInPairs, kOneLoop = false, kWide = true;
   static constexpr int kTokenPlanes = 1, kFewestTokens = kTileTokens > 32 ? 16 : 8;
-  static constexpr int kStages = kRingStages, kInFlight = 3;
+  static constexpr int kStages = kRingStages, kInFlight = kTileTokens > kFewRows ? 2 : 3;
   static constexpr int kMaxTokens = kTileTokens;
   struct Factors {
     float token_scale[kMaxTokens];
@@ -72,6 +72,8 @@ struct DeepSeekFormatOf {
       wgmma_commit();
       register_fence(acc);
       if (half == 0) {  // in the shadow of the wgmmas
+        // NOTE: ptxas keeps these loads behind the barrier; without one it waits for them after the first wgmma.
+        wg.let_other_begin();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           scale[i] = load_shared_f32(smem_address(&stage.factors.token_scale[first + wg.fragment_row() + i * 8]));

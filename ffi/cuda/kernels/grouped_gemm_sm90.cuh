@@ -66,7 +66,7 @@ class Multiplier {
  public:
   DEVICE Multiplier(Shared& shared, int warpgroup, int thread)
       : shared_(shared),
-        wg_{warpgroup, thread, 0, 0, 0, smem_address(shared.staging[warpgroup]), Shared::kStagingBytes},
+        wg_{warpgroup, thread, 0, 0, 0, smem_address(shared.staging[warpgroup]), Shared::kStagingBytes, false},
         tile_{} {}
 
   // All tiles. NOTE: an instruction that is not in the SM's cache comes behind all weights that memory has been asked
@@ -165,8 +165,14 @@ class Multiplier {
   // them up.
   template <class Multiply>
   DEVICE void for_blocks(int k_blocks, const Multiply& multiply) {
+    // NOTE: only where a tile fills the ring; else one warpgroup could be a tile ahead, and arrive twice.
+    const bool in_turn = Format::kWide && tile_.rows() > Format::kNarrowTokens && k_blocks >= Shared::kStages;
+    if (in_turn && wg_.index == 1) wg_.wait_for_other();
+    int leading = in_turn && wg_.index == 0 ? 0 : -1;  // K block
+    hide(leading);
     bool next_is_full = false;
     for (int k = 0; k < k_blocks; ++k, at_.advance()) {
+      wg_.leads = k == leading;
       if (!next_is_full) shared_.barriers.wait_full(at_);
       const auto stage = shared_.stage(at_);
       const uint32_t all = smem_address(stage.operands.weights[0]);

@@ -11,6 +11,8 @@ inline constexpr int kWarpgroupRows = 64;  // of the M side
 inline constexpr int kMathWarpgroups = 2;
 
 struct WarpgroupContext {
+  static constexpr int kBothBarrier = 1 + kMathWarpgroups, kTurnBarrier = kBothBarrier + 1;
+
   int index;          // of the math warpgroup
   int thread;         // 0..127
   int tokens;         // of a narrow tile; of a wide one those of this warpgroup
@@ -18,6 +20,7 @@ struct WarpgroupContext {
   int row0;           // permuted row of the first of them
   uint32_t staging;   // its shared memory; those of the warpgroups are neighbours
   int staging_bytes;  // of one
+  bool leads;         // whether the other warpgroup waits for this one's next products
 
   DEVICE int warp() const { return thread / 32; }
   DEVICE int lane() const { return thread % 32; }
@@ -25,7 +28,11 @@ struct WarpgroupContext {
   DEVICE int fragment_row() const { return warp() * 16 + lane() / 4; }  // of the 64, and + 8
   // Arrivals: the 128 threads of this warpgroup, or those of both. Publishes what they wrote. Barrier 0 is the CTA's.
   DEVICE void sync() const { named_barrier_sync(1 + index, 128); }
-  DEVICE void sync_both() const { named_barrier_sync(1 + kMathWarpgroups, kMathWarpgroups * 128); }
+  DEVICE void sync_both() const { named_barrier_sync(kBothBarrier, kMathWarpgroups * 128); }
+  // The second warpgroup begins a wide tile when the first has asked for its first products, so that from there on they
+  // take turns: one adds its sums while tensor cores have the other's wgmmas. NOTE: predicated, not a branch.
+  DEVICE void let_other_begin() const { named_barrier_arrive_if(leads, kTurnBarrier, kMathWarpgroups * 128); }
+  DEVICE void wait_for_other() const { named_barrier_sync(kTurnBarrier, kMathWarpgroups * 128); }
   // Rows of 128 bytes in pieces of 16, swizzled by row: no bank conflicts for fragments nor for rows.
   static DEVICE uint32_t swizzled(uint32_t base, int row, int piece) {
     return base + row * 128 + ((piece ^ (row & 7)) << 4);

@@ -146,6 +146,9 @@ DEVICE uint4 load_fresh_v4(const void* global) { return __ldcg(static_cast<const
 
 DEVICE void named_barrier_sync(int id, int threads) { emulation::barrier_sync(id, threads); }
 DEVICE void named_barrier_arrive(int id, int threads) { emulation::barrier_arrive(id, threads); }
+DEVICE void named_barrier_arrive_if(bool arrives, int id, int threads) {
+  if (arrives) named_barrier_arrive(id, threads);
+}
 template <int kRegisters>
 DEVICE void reduce_registers() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
