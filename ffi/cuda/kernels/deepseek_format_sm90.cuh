@@ -8,8 +8,8 @@
 namespace jax_moe::cuda {
 
 // kTileTokens: the most of a tile. kInPairs: see in_pairs(). kInFlight: stages whose tokens and scales are on their way
-// at a time. kWide: whether tiles of more than kNarrowTokens are wide, else narrow ones of kBlockM with a tail.
-// kOneLoop: Multiplier::run() says why.
+// at a time; with fewer a stage is told sooner, which wide tiles gain by. kWide: whether tiles of more than
+// kNarrowTokens are wide, else narrow ones of kBlockM with a tail. kOneLoop: Multiplier::run() says why.
 template <int kTileTokens, int kRingStages, bool kInPairs>
 struct DeepSeekFormatOf {
   using Scales = TokenScales;

@@ -169,7 +169,7 @@ class Multiplier {
     const bool in_turn = Format::kWide && tile_.rows() > Format::kNarrowTokens && k_blocks >= Shared::kStages;
     if (in_turn && wg_.index == 1) wg_.wait_for_other();
     int leading = in_turn && wg_.index == 0 ? 0 : -1;  // K block
-    hide(leading);
+    hide(leading);                                     // else the loop asks again for what follows from k_blocks
     bool next_is_full = false;
     for (int k = 0; k < k_blocks; ++k, at_.advance()) {
       wg_.leads = k == leading;

@@ -297,14 +297,12 @@ DEVICE uint4 load_fresh_v4(const void* global) {
 DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// Counts this thread in, in the first where `arrives`, without waiting; `threads` counts those that wait too.
-DEVICE void named_barrier_arrive_if(bool arrives, int id, int threads) {
+// Counts this thread in, if it arrives, without waiting; `threads` counts those that wait too. NOTE: predicated, since
+// a branch may be in the way of what is around.
+DEVICE void named_barrier_arrive(int id, int threads, bool arrives = true) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p bar.arrive %0, %1;\n}" ::"r"(id), "r"(threads),
                "r"(int(arrives))
                : "memory");
-}
-DEVICE void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 template <int kRegisters>
 DEVICE void reduce_registers() {

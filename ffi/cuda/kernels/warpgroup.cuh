@@ -30,8 +30,8 @@ struct WarpgroupContext {
   DEVICE void sync() const { named_barrier_sync(1 + index, 128); }
   DEVICE void sync_both() const { named_barrier_sync(kBothBarrier, kMathWarpgroups * 128); }
   // The second warpgroup begins a wide tile when the first has asked for its first products, so that from there on they
-  // take turns: one adds its sums while tensor cores have the other's wgmmas. NOTE: predicated, not a branch.
-  DEVICE void let_other_begin() const { named_barrier_arrive_if(leads, kTurnBarrier, kMathWarpgroups * 128); }
+  // take turns: one adds its sums while tensor cores have the other's wgmmas.
+  DEVICE void let_other_begin() const { named_barrier_arrive(kTurnBarrier, kMathWarpgroups * 128, leads); }
   DEVICE void wait_for_other() const { named_barrier_sync(kTurnBarrier, kMathWarpgroups * 128); }
   // Rows of 128 bytes in pieces of 16, swizzled by row: no bank conflicts for fragments nor for rows.
   static DEVICE uint32_t swizzled(uint32_t base, int row, int piece) {

@@ -145,9 +145,8 @@ DEVICE void let_next_kernel_start() { emulation::start_next_kernel(); }
 DEVICE uint4 load_fresh_v4(const void* global) { return __ldcg(static_cast<const uint4*>(global)); }
 
 DEVICE void named_barrier_sync(int id, int threads) { emulation::barrier_sync(id, threads); }
-DEVICE void named_barrier_arrive(int id, int threads) { emulation::barrier_arrive(id, threads); }
-DEVICE void named_barrier_arrive_if(bool arrives, int id, int threads) {
-  if (arrives) named_barrier_arrive(id, threads);
+DEVICE void named_barrier_arrive(int id, int threads, bool arrives = true) {
+  if (arrives) emulation::barrier_arrive(id, threads);
 }
 template <int kRegisters>
 DEVICE void reduce_registers() {
